@@ -1,0 +1,21 @@
+"""Small files of a checkpoint folder, read with errors that say where they are wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors name the file, and the line and column where it breaks."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the checkpoint is incomplete")
+    try:
+        data = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not valid JSON at {where}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not valid JSON: the text is not UTF-8") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds a JSON {type(data).__name__} where an object is expected")
+    return data

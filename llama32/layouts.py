@@ -1,0 +1,270 @@
+"""How checkpoint files lay a model out: one table of names, the Hub's layout and Meta's.
+
+Files are mapped, never read as a whole. A `StoredTensor` says where a tensor lies, in one piece or
+cut into shards, and copies it into memory that says by itself which device and dtype are wanted.
+"""
+
+import dataclasses
+import math
+import pickle
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llama32.config import LlamaConfig
+from llama32.files import read_json
+from llama32.model import Llama
+
+Layout = Literal["hub", "meta"]
+
+HUB_FILE = "model.safetensors"
+HUB_INDEX = "model.safetensors.index.json"
+META_FILES = "consolidated.*.pth"
+
+
+class Name(NamedTuple):
+    """A weight as we call it, as the Hub does and as Meta does; {} is the number of its layer."""
+
+    ours: str
+    hub: str
+    meta: str
+
+
+NAMES = (
+    Name("embed", "model.embed_tokens", "tok_embeddings"),
+    Name("layers.{}.attn_norm", "model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
+    Name("layers.{}.attn.q_proj", "model.layers.{}.self_attn.q_proj", "layers.{}.attention.wq"),
+    Name("layers.{}.attn.k_proj", "model.layers.{}.self_attn.k_proj", "layers.{}.attention.wk"),
+    Name("layers.{}.attn.v_proj", "model.layers.{}.self_attn.v_proj", "layers.{}.attention.wv"),
+    Name("layers.{}.attn.o_proj", "model.layers.{}.self_attn.o_proj", "layers.{}.attention.wo"),
+    Name("layers.{}.mlp_norm", "model.layers.{}.post_attention_layernorm", "layers.{}.ffn_norm"),
+    Name("layers.{}.mlp.gate_proj", "model.layers.{}.mlp.gate_proj", "layers.{}.feed_forward.w1"),
+    Name("layers.{}.mlp.down_proj", "model.layers.{}.mlp.down_proj", "layers.{}.feed_forward.w2"),
+    Name("layers.{}.mlp.up_proj", "model.layers.{}.mlp.up_proj", "layers.{}.feed_forward.w3"),
+    Name("norm", "model.norm", "norm"),
+    Name("lm_head", "lm_head", "output"),
+)
+
+
+def names(layout: Layout, num_layers: int) -> dict[str, str]:
+    """Our parameter names, each with its name in a layout."""
+    return {
+        f"{name.ours}.weight".format(i): f"{getattr(name, layout)}.weight".format(i)
+        for name in NAMES
+        for i in range(num_layers if "{}" in name.ours else 1)
+    }
+
+
+def shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter. A tied lm_head is the embedding, so it is not among them."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in Llama(config).named_parameters()}
+
+
+class MappedFiles:
+    """Files that stay mapped until `budget` bytes have been read from them.
+
+    Pages that were read count as memory of this process until their file is unmapped. To map anew
+    for every tensor would hold the least, but parses the pickles of Meta's layout hundreds of
+    times; with the largest tensor as the budget, the peak is the same and it happens a few times.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.read = 0
+        self.open: dict[Path, Callable[[str], Tensor]] = {}
+
+    def tensor(self, file: Path, name: str, nbytes: int) -> Tensor:
+        if self.read + nbytes > self.budget:
+            self.open.clear()
+            self.read = 0
+        self.read += nbytes
+        if file not in self.open:
+            if file.suffix == ".safetensors":  # one by one: to make a tensor touches its pages
+                self.open[file] = safe_open(file, framework="pt").get_tensor
+            else:
+                self.open[file] = map_tensors(file).__getitem__
+        return self.open[file](name)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: whole in one file, or in equal pieces over several."""
+
+    name: str  # as the files call it
+    files: tuple[Path, ...]
+    shape: torch.Size  # of the whole
+    dtype: torch.dtype
+    axis: int = 0  # along which it is cut into pieces
+    pairs: int = 0  # R where the rows of each head are rotary pairs side by side, as Meta's q and k
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def copy_to(self, out: Tensor, files: MappedFiles) -> None:
+        """Copy straight from the mapped files to the device and dtype of `out`."""
+        parts = out.chunk(len(self.files), self.axis)
+        for file, part in zip(self.files, parts, strict=True):
+            piece = files.tensor(file, self.name, self.nbytes // len(self.files))
+            if self.pairs:  # row 2r + half of each head goes to row half * R + r
+                piece = piece.unflatten(0, (-1, self.pairs, 2)).transpose(1, 2)
+                part = part.unflatten(0, (-1, 2, self.pairs))
+            part.copy_(piece)
+            del piece  # it would hold on to the mapping
+
+    def read(self) -> Tensor:
+        """The tensor as it is stored: mapped where it is whole, assembled where it is cut."""
+        files = MappedFiles(budget=self.nbytes)
+        if len(self.files) == 1:
+            return files.tensor(self.files[0], self.name, self.nbytes)
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        self.copy_to(whole, files)
+        return whole
+
+
+# What the two readers raise on files that were cut or overwritten, as found by damaging some.
+DAMAGED = (
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    UnicodeDecodeError,
+)
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped into memory: none of their bytes is read yet."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except DAMAGED as error:
+        reason = textwrap.shorten(str(error), 100)
+        raise ValueError(
+            f"{file}: cannot be read ({type(error).__name__}: {reason}); if it is cut short or "
+            "damaged, download it again"
+        ) from error
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: refused, because its pickle holds more than tensors and could run code; "
+            "take the weights from a source that you trust, as safetensors"
+        ) from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: holds a {type(tensors).__name__}, not a dictionary of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: {name!r} is not the name of a tensor; is this a Llama?")
+    return tensors
+
+
+def open_hub(folder: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
+    """The Hub's layout: config.json, and one safetensors file or several with an index."""
+    config = LlamaConfig.from_hub(read_json(folder / "config.json"))
+    tensors = {}
+    for file, listed in _hub_files(folder).items():
+        mapped = map_tensors(file)
+        for name in mapped if listed is None else listed:
+            if name not in mapped:
+                raise ValueError(f"{folder / HUB_INDEX}: {name} is not in {file.name} as it says")
+            tensors[name] = StoredTensor(name, (file,), mapped[name].shape, mapped[name].dtype)
+    return config, tensors
+
+
+def _hub_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files, each with the tensors to take from it: None takes all."""
+    if (folder / HUB_FILE).is_file():
+        return {folder / HUB_FILE: None}
+    index = folder / HUB_INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(at, str) for at in places.values()):
+        raise ValueError(f"{index}: weight_map must name a file for each tensor")
+    files: dict[Path, list[str] | None] = {}
+    for at in sorted(set(places.values())):
+        if Path(at).name != at or not at.endswith(".safetensors"):
+            raise ValueError(f"{index}: {at!r} is not the name of a safetensors file beside it")
+        if not (folder / at).is_file():
+            raise FileNotFoundError(
+                f"{folder / at}: missing, but {HUB_INDEX} names it; download it"
+            )
+        files[folder / at] = [name for name, place in places.items() if place == at]
+    return files
+
+
+def open_meta(
+    folder: Path, rope_factor: float | None
+) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
+    """Meta's layout: params.json, and one consolidated.NN.pth or several model-parallel shards.
+
+    Whether lm_head is tied is not said: it is, until `output` turns out to differ.
+    """
+    params = read_json(folder / "params.json")
+    shards = _meta_shards(folder)
+    files = tuple(shards)
+    embed = shards[files[0]].get("tok_embeddings.weight")
+    if embed is None or embed.ndim != 2:
+        raise ValueError(f"{files[0]}: has no matrix tok_embeddings.weight; is this a Llama?")
+    cut_along_vocabulary = embed.shape[1] == params.get("dim")
+    config = LlamaConfig.from_meta(
+        params,
+        vocab_size=embed.shape[0] * (len(files) if cut_along_vocabulary else 1),
+        tied=True,
+        rope_factor=rope_factor,
+    )
+    theirs = names("meta", config.num_hidden_layers)
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    whole = {theirs[name]: shape for name, shape in shapes(untied).items()}
+    tensors = {}
+    for name in shards[files[0]]:
+        pieces = [shard[name] for shard in shards.values()]
+        stored = _join(name, files, pieces, whole.get(name))
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            stored = dataclasses.replace(stored, pairs=config.head_dim // 2)
+        tensors[name] = stored
+    return config, tensors
+
+
+def _meta_shards(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    """The mapped tensors of each shard, in the order in which the shards are joined."""
+    files = sorted(folder.glob(META_FILES))
+    shards = {}
+    for number, file in enumerate(files):
+        expected = folder / f"consolidated.{number:02}.pth"
+        if file != expected:
+            raise FileNotFoundError(f"{expected}: missing, but {file.name} is there; download it")
+        shards[file] = map_tensors(file)
+        if odd := shards[file].keys() ^ shards[files[0]].keys():
+            raise ValueError(f"{file}: not the tensors of {files[0].name}: {few(odd)}")
+    return shards
+
+
+def _join(
+    name: str, files: tuple[Path, ...], pieces: Sequence[Tensor], whole: torch.Size | None
+) -> StoredTensor:
+    """Meta cuts a matrix along its rows or its columns and repeats a norm; shapes tell which."""
+    first = pieces[0]
+    if any(piece.shape != first.shape or piece.dtype != first.dtype for piece in pieces):
+        raise ValueError(f"{files[0].parent}: {name} differs in shape or dtype between the shards")
+    for axis, (part, size) in enumerate(zip(first.shape, whole or (), strict=False)):
+        if part != size == part * len(files):
+            shape = [*first.shape]
+            shape[axis] = size
+            return StoredTensor(name, files, torch.Size(shape), first.dtype, axis)
+    return StoredTensor(name, files[:1], first.shape, first.dtype)
+
+
+def few(names: Collection[str]) -> str:
+    """The first names of many, for an error of one line."""
+    first = ", ".join(sorted(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

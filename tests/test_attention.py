@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from llama32.attention import causal, eager, fused, mix, pattern
+
+
+def heads(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(q, k, v, t: int, h: int, visible: list[int]):
+    """One query of one head, in loops and fp64."""
+    shared = h // (q.shape[-2] // k.shape[-2])
+    scores = [float(q[t, h].double() @ k[s, shared].double()) for s in visible]
+    weights = [math.exp(score / math.sqrt(q.shape[-1])) for score in scores]
+    mixed = sum(w * v[s, shared].double() for w, s in zip(weights, visible, strict=True))
+    return mixed / sum(weights)
+
+
+def test_eager_is_the_formula():
+    q, k, v = heads(5, 6, 8), heads(5, 2, 8, seed=1), heads(5, 2, 8, seed=2)
+    mixed = eager(q, k, v)
+    for t in range(5):
+        for h in range(6):
+            expected = by_hand(q, k, v, t, h, list(range(t + 1)))
+            torch.testing.assert_close(mixed[t, h].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_when_keys_outnumber_queries_the_last_query_sees_all():
+    q, k, v = heads(2, 2, 8), heads(7, 1, 8, seed=1), heads(7, 1, 8, seed=2)
+    expected = by_hand(q, k, v, 0, 1, list(range(6)))
+    torch.testing.assert_close(eager(q, k, v)[0, 1].double(), expected, atol=1e-6, rtol=1e-5)
+    assert causal(2, 4, torch.device("cpu")).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (1, 9), (4, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("leading", [(), (3,)], ids=str)
+def test_fused_equals_eager(shape, H, K, leading):
+    T, S = shape
+    q = heads(*leading, T, H, 16)
+    k, v = heads(*leading, S, K, 16, seed=1), heads(*leading, S, K, 16, seed=2)
+    torch.testing.assert_close(fused(q, k, v), eager(q, k, v), atol=2e-6, rtol=0)
+    visible = torch.rand(T, S) < 0.5
+    visible[:, 0] = True
+    given = fused(q, k, v, visible), eager(q, k, v, visible)
+    torch.testing.assert_close(*given, atol=2e-6, rtol=0)
+
+
+def test_fused_does_not_copy_shared_heads_for_one_query(monkeypatch):
+    k, v = heads(64, 2, 8, seed=1), heads(64, 2, 8, seed=2)
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((k.data_ptr(), v.data_ptr(), k.shape))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    fused(heads(1, 6, 8), k, v)
+    assert seen == [(k.data_ptr(), v.data_ptr(), (1, 2, 64, 8))]
+
+
+def test_a_pattern_can_be_watched_without_hook_points():
+    seen = []
+
+    def mine(q, k, v):
+        p = pattern(q, k)
+        seen.append(p)
+        return mix(p, v)
+
+    q, k, v = heads(2, 5, 4, 8), heads(2, 5, 2, 8, seed=1), heads(2, 5, 2, 8, seed=2)
+    assert torch.equal(mine(q, k, v), eager(q, k, v))
+    (p,) = seen
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, 4, 5))
+    assert torch.equal(p, p.tril())
+
+
+def test_bf16_attention_adds_up_in_fp32():
+    q, k, v = (heads(300, 2, 16, seed=seed) for seed in range(3))
+    exact = eager(q, k, v)
+    for attend in (eager, fused):
+        low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), exact, atol=0.03, rtol=0.02)
