@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from llama32.batch import Batch, Span
+
+
+def test_lists_of_several_sequences_become_packed_tensors():
+    prefill = Span(tokens=[5, 6, 7], start=0, pages=[4])
+    later = Span(tokens=[8, 9], start=3, pages=[2, 0])
+    batch = Batch.pack([prefill, later], page_size=4)
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4]
+    assert batch.slots.tolist() == [16, 17, 18, 2 * 4 + 3, 0]
+    assert batch.last.tolist() == [2, 4]
+    assert batch.query_starts.tolist() == [0, 3, 5]
+    assert batch.lengths.tolist() == [3, 5]
+    assert batch.page_table.tolist() == [[4, 0], [2, 0]]
+    assert batch.page_table.dtype == batch.lengths.dtype == torch.int32
+
+
+@pytest.mark.parametrize("spans", [[], [Span([1], 0, [0]), Span([], 4, [1])]], ids=len)
+def test_a_step_without_new_tokens_is_refused(spans):
+    with pytest.raises(ValueError, match="at least one new token"):
+        Batch.pack(spans, page_size=4)
+
+
+def test_a_token_beyond_the_pages_is_an_error_and_not_another_sequences_slot():
+    with pytest.raises(IndexError):
+        Batch.pack([Span([1, 2], 3, [0])], page_size=4)

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from llama32 import paged
+from llama32.batch import Batch, Span
+from llama32.cache import PagedCache
+from tests.checkpoints import tiny_config
+
+
+def make_cache(num_pages: int = 8, page_size: int = 4, **options) -> PagedCache:
+    return PagedCache(tiny_config(), num_pages, page_size, dtype=torch.float32, **options)
+
+
+def test_a_sequence_grows_page_by_page():
+    cache = make_cache()
+    pages: list[int] = []
+    cache.grow(pages, 1)
+    assert pages == [0]
+    cache.grow(pages, 4)
+    assert pages == [0]
+    cache.grow(pages, 5)
+    assert pages == [0, 1]
+    cache.grow(pages, 14)
+    assert pages == [0, 1, 2, 3]
+    cache.release(pages)
+    assert pages == []
+    cache.grow(pages, 1)
+    assert pages == [0]
+
+
+def test_a_full_cache_says_what_is_missing_and_takes_nothing():
+    cache = make_cache(num_pages=2)
+    pages = [cache.free.pop()]
+    with pytest.raises(MemoryError, match=r"1 free pages of 4 tokens, and 2 are needed"):
+        cache.grow(pages, 12)
+    assert len(pages) == 1
+    assert len(cache.free) == 1
+
+
+def test_growing_moves_nothing():
+    cache = make_cache()
+    layer = cache.attends(Batch.pack([Span([1, 2, 3], 0, [0])], 4))[0]
+    q, k, v = (torch.randn(3, n, cache.keys.shape[-1]) for n in (4, 2, 2))
+    layer(q, k, v)
+    before, at = cache.keys.clone(), cache.keys.data_ptr()
+    cache.grow([0], 16)
+    assert cache.keys.data_ptr() == at
+    assert torch.equal(cache.keys, before)
+    assert torch.equal(cache.keys[0, 0, :3], k)
+
+
+def test_pages_in_a_row_are_read_in_place():
+    pool = torch.randn(8, 4, 2, 16)
+    view = paged.read(pool, [2, 3, 4], 10)
+    assert view.shape == (10, 2, 16)
+    assert view.data_ptr() == pool[2].data_ptr()
+    assert torch.equal(view, pool.flatten(0, 1)[8:18])
+
+
+def test_scattered_pages_are_read_in_their_order():
+    pool = torch.randn(8, 4, 2, 16)
+    gathered = paged.read(pool, [5, 0, 1], 9)
+    assert torch.equal(gathered, torch.cat((pool[5], pool[0], pool[1, :1])))
+
+
+def test_pages_beyond_the_length_are_not_read():
+    pool = torch.randn(8, 4, 2, 16)
+    assert paged.read(pool, [2, 7], 3).data_ptr() == pool[2].data_ptr()
+
+
+@pytest.mark.parametrize("pages", [([0, 1], [2, 3]), ([5, 2], [0, 7])], ids=["rows", "scattered"])
+def test_paged_fused_equals_paged_eager(pages):
+    spans = [Span([1] * 3, 0, pages[0]), Span([1], 6, pages[1])]
+    batch = Batch.pack(spans, 4)
+    q = torch.randn(4, 4, 16)
+    keys, values = torch.randn(2, 8, 4, 2, 16)
+    expected = paged.eager(q, keys, values, batch)
+    torch.testing.assert_close(paged.fused(q, keys, values, batch), expected, atol=2e-6, rtol=0)
+
+
+def test_on_a_cpu_the_fastest_form_is_the_fused_one():
+    cpu = torch.device("cpu")
+    assert paged.fastest(cpu, torch.bfloat16, 64, 256) is paged.fused
+    assert make_cache().attend is paged.fused
+    assert make_cache(attend=paged.eager).attend is paged.eager
+
+
+def test_the_cache_writes_only_the_slots_of_the_step():
+    cache = make_cache()
+    cache.keys.fill_(7.0)
+    layer = cache.attends(Batch.pack([Span([1, 2], 3, [6, 1])], 4))[1]
+    q, k, v = (torch.randn(2, n, cache.keys.shape[-1]) for n in (4, 2, 2))
+    layer(q, k, v)
+    assert torch.equal(cache.keys[1, 6, 3], k[0])
+    assert torch.equal(cache.keys[1, 1, 0], k[1])
+    touched = (cache.keys != 7.0).flatten(3).any(-1)
+    assert touched.nonzero().tolist() == [[1, 1, 0], [1, 6, 3]]
