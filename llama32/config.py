@@ -175,7 +175,7 @@ HUB_FIXED: dict[str, Any] = {
 }
 # Keys that change nothing in what the model computes.
 HUB_METADATA = frozenset(
-    "_name_or_path architectures attention_dropout chunk_size_feed_forward id2label "  # noqa: SIM905
+    "_name_or_path architectures attention_dropout chunk_size_feed_forward id2label "
     "initializer_range is_encoder_decoder is_llama_config label2id max_length max_sequence_length "
     "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
     "transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache".split()
