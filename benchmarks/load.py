@@ -1,0 +1,134 @@
+"""How long loading takes and how much memory, beside transformers.
+
+python benchmarks/load.py folder [--dtype float32] [--runs 5] [--save]
+
+Every run is a fresh process; the two take turns, so a slow moment of the machine meets both. The
+files were read before, so the disk plays no part. Medians of these: seconds until the
+load returns; seconds until the first token's logits are there, since transformers maps the weights
+and reads them only when they are used; the peak of memory over that of the bare process.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LOADERS = ("llama32", "transformers")
+COLUMNS = {
+    "load": "load, s",
+    "first": "first logits, s",
+    "peak": "peak of load, MB",
+    "peak_first": "peak of first logits, MB",
+}
+
+
+def resident(key: str) -> int:
+    """Bytes that this process holds (VmRSS), or held at most (VmHWM)."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measure(loader: str, folder: str, dtype: str | None) -> dict[str, float]:
+    """One load in this process."""
+    import torch
+
+    wanted = getattr(torch, dtype) if dtype else None
+    load: Callable[..., Any]
+    if loader == "llama32":
+        from llama32.checkpoint import load_model as load
+    else:
+        from transformers import LlamaForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        load, wanted = LlamaForCausalLM.from_pretrained, wanted or "auto"
+    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # wakes the threads
+    before, start = resident("VmRSS"), time.perf_counter()
+    model = load(folder, dtype=wanted)
+    loaded, peak = time.perf_counter(), resident("VmHWM")
+    with torch.inference_mode():
+        model(torch.ones(1, 1, dtype=torch.long))
+    first = time.perf_counter()
+    return {
+        "load": loaded - start,
+        "first": first - start,
+        "peak": (peak - before) / 1e6,
+        "peak_first": (resident("VmHWM") - before) / 1e6,
+    }
+
+
+def compare(folder: Path, dtype: str | None, runs: int) -> dict[str, dict[str, list[float]]]:
+    """All runs of both loaders, after one of each that is not counted."""
+    found: dict[str, dict[str, list[float]]] = {
+        loader: {column: [] for column in COLUMNS} for loader in LOADERS
+    }
+    for run in range(runs + 1):
+        for loader in LOADERS:
+            command = [sys.executable, __file__, str(folder), "--worker", loader]
+            command += ["--dtype", dtype] if dtype else []
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+            if run:
+                for column, value in json.loads(output).items():
+                    found[loader][column].append(value)
+    return found
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    rows = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    for loader, columns in found.items():
+        rows.append([loader, *(f"{statistics.median(columns[c]):,.2f}" for c in COLUMNS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """What someone needs to know to measure the same again."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "command": f"python benchmarks/load.py {' '.join(sys.argv[1:])}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "runs": options.runs,
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure loading beside transformers.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", help="as it is stored unless given")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULTS}")
+    parser.add_argument("--worker", choices=LOADERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.worker, str(options.folder), options.dtype)))
+        return
+    from llama32.checkpoint import inspect
+
+    about = inspect(options.folder)
+    found = compare(options.folder, options.dtype, options.runs)
+    report = f"{about}\n\nas {options.dtype or 'stored'}:\n\n{table(found)}"
+    print(report)
+    if options.save:
+        RESULTS.mkdir(exist_ok=True)
+        name = f"load_{options.folder.name}_{options.dtype or 'stored'}"
+        kept = circumstances(options)
+        (RESULTS / f"{name}.json").write_text(json.dumps(kept | {"runs": found}, indent=2) + "\n")
+        lines = "\n".join(f"- {key}: {value}" for key, value in kept.items())
+        (RESULTS / f"{name}.md").write_text(f"{report}\n\n{lines}\n")
+
+
+if __name__ == "__main__":
+    main()

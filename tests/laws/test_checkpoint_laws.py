@@ -1,0 +1,132 @@
+"""What is saved is what is loaded, in whichever layout, and loading it takes no more memory."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llama32.checkpoint import inspect, load_model, save
+from llama32.model import Llama
+from tests.checkpoints import LLAMA3, random_model, tiny_config, write_meta
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "every head its own keys": {"num_key_value_heads": 6},
+    "one key head": {"num_key_value_heads": 1},
+    "one layer, no scaling": {"num_hidden_layers": 1, "rope_scaling": None},
+}
+TOKENS = torch.arange(160).reshape(2, 80)
+
+
+@pytest.fixture(params=SHAPES.values(), ids=list(SHAPES))
+def model(request) -> Llama:
+    return random_model(tiny_config(**request.param), seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_save_then_load_is_the_identity(model, dtype, tmp_path):
+    model = model.to(dtype)
+    save(model, tmp_path, max_shard_bytes=60_000)
+    loaded = load_model(tmp_path)
+    spelled = str(dtype).removeprefix("torch.")
+    assert loaded.config == dataclasses.replace(model.config, dtype=spelled)
+    weights = dict(loaded.named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
+    assert all(weights[name].dtype == dtype for name in weights)
+
+
+@pytest.mark.parametrize("ends", [(), (7,), (7, 8, 9)])
+def test_special_tokens_come_back(ends, tmp_path):
+    config = tiny_config(bos_token_id=None, eos_token_ids=ends)
+    save(random_model(config), tmp_path)
+    assert load_model(tmp_path).config == config
+
+
+def test_load_then_save_writes_the_same_bytes(model, tmp_path):
+    save(model, tmp_path / "a")
+    save(load_model(tmp_path / "a"), tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("num_shards", "embed_axis"), [(1, 0), (2, 0), (2, 1)])
+def test_metas_layout_gives_the_same_logits_as_the_hubs(model, num_shards, embed_axis, tmp_path):
+    if model.config.num_key_value_heads % num_shards:
+        pytest.skip("a key head is not cut")
+    save(model, tmp_path / "hub")
+    write_meta(model, tmp_path / "meta", num_shards=num_shards, embed_axis=embed_axis)
+    factor = LLAMA3.factor if model.config.rope_scaling else None
+    hub = load_model(tmp_path / "hub")
+    meta = load_model(tmp_path / "meta", rope_factor=factor)
+    assert torch.equal(meta(TOKENS), hub(TOKENS))
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_a_trained_model_gives_its_published_text_from_both_layouts(reference, layout):
+    model = load_model(reference / "stories260K" / layout)
+    expected = json.loads((reference / "stories260K" / "expected.json").read_text())
+    ids = expected["greedy_ids_from_bos"]
+    with torch.no_grad():
+        assert model(torch.tensor(ids[:-1])).argmax(-1).tolist() == ids[1:]
+
+
+def test_both_layouts_of_a_trained_model_give_the_same_logits(reference):
+    hub, meta = (load_model(reference / "stories260K" / layout) for layout in ("hf", "meta"))
+    assert torch.equal(hub(TOKENS), meta(TOKENS))
+
+
+MEASURE = """
+import os, re, sys
+import torch
+from llama32.checkpoint import load_model
+
+def resident(key):
+    with open("/proc/self/status") as status:
+        return int(re.search(key + r":\\s+(\\d+) kB", status.read())[1]) * 1024
+
+warm_up, *cases = sys.argv[1:]
+for folder, dtype in zip(cases[::2], cases[1::2]):
+    if os.fork() == 0:  # no memory that an earlier case left free
+        load_model(warm_up)
+        before = resident("VmRSS")
+        model = load_model(folder, dtype=getattr(torch, dtype))
+        print(resident("VmHWM") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+BIG = {
+    "vocab_size": 4000,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_hidden_layers": 6,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peaks of memory from /proc")
+def test_loading_holds_no_more_than_the_weights_and_the_largest_tensor(tmp_path):
+    model = random_model(tiny_config(**BIG))
+    folders = {"fp32": tmp_path / "fp32", "bf16": tmp_path / "bf16", "meta": tmp_path / "meta"}
+    save(model, folders["fp32"], max_shard_bytes=40_000_000)
+    save(model.bfloat16(), folders["bf16"])
+    write_meta(model, folders["meta"], num_shards=2, embed_axis=1)
+    cases = [
+        (folder, dtype) for folder in folders.values() for dtype in (torch.bfloat16, torch.float32)
+    ]
+    save(random_model(tiny_config()), tmp_path / "tiny")
+    arguments = [str(part).removeprefix("torch.") for case in cases for part in case]
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny"), *arguments]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for (folder, dtype), peak in zip(cases, map(int, output.split()), strict=True):
+        found = inspect(folder)
+        largest = max(tensor.nbytes for tensor in found.tensors.values())
+        around = 2_000_000  # whatever the size, the kernel maps a little more than is read
+        allowed = 1.05 * found.num_parameters * dtype.itemsize + largest + around
+        assert peak <= allowed, f"{folder.name} as {dtype}: {peak:,} of {allowed:,.0f} bytes"

@@ -1,0 +1,139 @@
+"""The model against transformers' Llama: logits, loss, every gradient, long positions, bf16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig as HubConfig
+from transformers import LlamaForCausalLM
+
+from llama32.attention import eager, fused
+from llama32.checkpoint import load_model
+from llama32.generate import generate
+from llama32.layouts import names
+from llama32.model import Llama
+from llama32.sampling import Sampling
+from llama32.train import next_token_loss
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+SHAPES = {
+    "tied, one to one, llama3": {"rope_parameters": LLAMA3},
+    "untied, one to one": {"rope_parameters": PLAIN, "tie_word_embeddings": False},
+    "tied, three to one": {
+        "rope_parameters": LLAMA3,
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "untied, eight to one": {
+        "rope_parameters": LLAMA3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "head_dim of its own": {"rope_parameters": LLAMA3, "head_dim": 22, "num_key_value_heads": 2},
+}
+
+
+def hub_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A small random model of transformers, its weights large enough for errors to show."""
+    sizes = {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.08,
+        "attn_implementation": "eager",
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(HubConfig(**(sizes | changes)))
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # all ones otherwise, and a norm left out would not be seen
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model.eval()
+
+
+def ours(theirs: LlamaForCausalLM, folder: Path) -> Llama:
+    theirs.save_pretrained(folder)
+    return load_model(folder)
+
+
+@pytest.fixture(params=SHAPES.values(), ids=list(SHAPES))
+def pair(request, tmp_path) -> tuple[LlamaForCausalLM, Llama]:
+    theirs = hub_model(**request.param)
+    return theirs, ours(theirs, tmp_path)
+
+
+def test_logits_equal_those_of_transformers(pair):
+    theirs, model = pair
+    tokens = torch.randint(131, (2, 50))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        for attend in (eager, fused):
+            torch.testing.assert_close(model(tokens, attend=attend), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "within"), [(8170, 1e-4), (20_000, 1e-3), (131_000, 2e-2)])
+def test_logits_agree_at_long_positions(pair, start, within):
+    theirs, model = pair
+    tokens = torch.randint(131, (1, 64))
+    positions = torch.arange(start, start + 64)
+    with torch.no_grad():
+        expected = theirs(tokens, position_ids=positions[None]).logits
+        torch.testing.assert_close(model(tokens, positions), expected, atol=within, rtol=0)
+
+
+def test_the_loss_and_every_gradient_agree(pair):
+    theirs, model = pair
+    tokens = torch.randint(131, (2, 40))
+    expected = theirs(tokens, labels=tokens).loss
+    expected.backward()
+    loss = next_token_loss(model, tokens)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    theirs_of = names("hub", model.config.num_hidden_layers)
+    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
+    for name, weight in model.named_parameters():
+        expected = gradients.pop(theirs_of[name])
+        torch.testing.assert_close(weight.grad, expected, atol=1e-4, rtol=1e-4)
+    assert not gradients
+
+
+def test_greedy_tokens_are_the_same_over_200_steps(pair):
+    theirs, model = pair
+    prompt = torch.randint(131, (1, 7))
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=200,
+        min_new_tokens=200,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    greedy = Sampling(temperature=0, max_new_tokens=200)
+    ids = [token.id for token in generate(model, prompt[0].tolist(), greedy)]
+    assert ids == expected[0, 7:].tolist()
+
+
+def test_bf16_errs_at_most_twice_as_much_as_transformers_in_bf16(pair):
+    theirs, model = pair
+    tokens = torch.randint(131, (4, 50))
+    with torch.no_grad():
+        exact = theirs(tokens).logits
+        theirs_off = (theirs.bfloat16()(tokens).logits.float() - exact).abs()
+        ours_off = (model.bfloat16()(tokens).float() - exact).abs()
+    assert ours_off.mean() <= 2 * theirs_off.mean()
+    assert ours_off.max() <= 2 * theirs_off.max()
