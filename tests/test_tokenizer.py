@@ -114,6 +114,11 @@ def test_added_tokens_that_are_not_special_are_found_in_every_text(tmp_path):
     assert dict(tokenizer.special) == {"<|s|>": 258}
 
 
+def test_an_added_token_without_text_is_found_nowhere(tmp_path):
+    added = [{"id": 256, "content": "", "special": False}]
+    assert Tokenizer.load(write_tokenizer_json(tmp_path, added=added)).encode("ab") == [97, 98]
+
+
 # Files
 
 
@@ -128,6 +133,14 @@ def test_a_folder_prefers_the_json_and_looks_into_original(tmp_path):
     byte_tokenizer_json(tmp_path)
     assert Tokenizer.load(tmp_path).source.startswith("tokenizer.json")
     assert Tokenizer.find(tmp_path) == tmp_path / "tokenizer.json"
+
+
+def test_a_model_of_no_type_is_bpe(tmp_path):  # as in GPT-2's own file
+    file = write_tokenizer_json(tmp_path, ABC, ignore_merges=False)
+    data = json.loads(file.read_text("utf-8"))
+    del data["model"]["type"], data["model"]["ignore_merges"]
+    file.write_text(json.dumps(data))
+    assert Tokenizer.load(file).encode("abc") == [257]
 
 
 BAD_STEPS = [{"type": "Metaspace", "replacement": "▁"}]
@@ -184,7 +197,7 @@ BAD_MODELS = {
     "cut_in_a_rank": (lambda whole: whole[:-2], "damaged"),
     "a_line_missing": (lambda whole: whole.replace(b"YWI= 256\n", b""), "damaged"),
     "a_byte_missing": (lambda whole: whole.replace(b"YQ== 97\n", b"YWE= 97\n"), "damaged"),
-    "no_base64": (lambda whole: whole.replace(b"YWI=", b"Y*I="), "line 257 is not"),
+    "no_base64": (lambda whole: whole.replace(b"YWI=", b"YW*I="), "line 257 is not"),
     "sentencepiece": (lambda whole: b"\n\x0e\n\x05<unk>\x15\x00\x00", "line 1 .*only byte-level"),
     "pointer": (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "line 1 is not"),
 }
@@ -225,6 +238,15 @@ def test_only_listed_pairs_merge_though_their_union_is_a_token(tmp_path):
     assert Tokenizer.load(file).encode("abcabc") == [97, 256, 97, 256]
 
 
+def test_a_token_that_no_merge_completes_is_read_from_no_piece(tmp_path):
+    # bc comes first, so the other halves of abcd never meet, though each of them is listed
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"c", b"d"), (b"ab", b"cd")]
+    file = write_tokenizer_json(tmp_path, merges, ignore_merges=False)
+    assert Tokenizer.load(file).encode("abcd") == [97, 256, 100]
+    assert b"abcd" not in ranks_of(merges, whole=False)
+    assert b"abcd" in ranks_of(merges, whole=True)  # a whole piece is looked up, no merge asks
+
+
 def test_a_rank_is_the_place_of_the_pair_that_completes_the_token():
     merges = [(b"a", b"bc"), (b"b", b"c"), (b"c", b"d"), (b"ab", b"c"), (b"x", b"y"), (b"x", b"y")]
     ranks = ranks_of(merges, whole=False)
@@ -234,6 +256,12 @@ def test_a_rank_is_the_place_of_the_pair_that_completes_the_token():
         b"abc": 0,
         b"xy": 5,
     }
+
+
+def test_pairs_of_a_token_need_not_be_listed_side_by_side(tmp_path):
+    merges = [(b"a", b"b"), (b"ab", b"c"), (b"c", b"d"), (b"b", b"c"), (b"a", b"bc")]
+    tokenizer = Tokenizer.load(write_tokenizer_json(tmp_path, merges))
+    assert tokenizer.encode("abcd") == [257, 100]  # abc by the second merge, cd by the third
 
 
 def test_bytes_without_a_token_are_dropped_before_merging():

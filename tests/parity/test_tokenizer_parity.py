@@ -143,6 +143,8 @@ def listed_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
             rng.shuffle(made)
             halves = [(token[:i], token[i:]) for token in made for i in range(1, len(token))]
             merges = [pair for pair in halves if {*pair} <= {*tokens}]
+            if rng.random() < 0.3:
+                rng.shuffle(merges)
     return merges
 
 
