@@ -51,7 +51,7 @@ CONFIG = LlamaConfig(
     eos_token_ids=(END, EOM, EOT),
     dtype="bfloat16",
 )
-RECIPE = Recipe(steps=3600, batch=8, context=1024, peak_rate=3e-3)
+RECIPE = Recipe(steps=2800, batch=8, context=1024, peak_rate=3e-3)
 
 
 def main(
@@ -233,7 +233,8 @@ CHAT_TEMPLATE = (
     "{{- bos_token + '<|start_header_id|>system<|end_header_id|>\n\n' }}"
     "{{- 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' }}"
     "{{- (first.content | trim if given else '') + '<|eot_id|>' }}"
-    "{%- for message in messages[1:] if given else messages %}"
+    "{%- set turns = messages[1:] if given else messages %}"
+    "{%- for message in turns %}"
     "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
     "{{- message.content | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
