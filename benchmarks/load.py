@@ -81,7 +81,7 @@ def compare(folder: Path, dtype: str | None, runs: int) -> dict[str, dict[str, l
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             if run:
                 for column, value in json.loads(output).items():
-                    found[loader][column].append(value)
+                    found[loader][column].append(round(value, 3))
     return found
 
 
@@ -94,13 +94,13 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """What someone needs to know to measure the same again."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    dtype = f" --dtype {options.dtype}" if options.dtype else ""
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     return {
-        "command": f"python benchmarks/load.py {' '.join(sys.argv[1:])}",
+        "command": f"benchmarks/load.py {options.folder.name}{dtype} --runs {options.runs} --save",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "runs": options.runs,
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": f"python {platform.python_version()}, {', '.join(versions)}",
     }
 
 
@@ -117,15 +117,15 @@ def main() -> None:
         return
     from llama32.checkpoint import inspect
 
-    about = inspect(options.folder)
+    about = str(inspect(options.folder)).replace(str(options.folder), options.folder.name)
     found = compare(options.folder, options.dtype, options.runs)
-    report = f"{about}\n\nas {options.dtype or 'stored'}:\n\n{table(found)}"
+    report = f"{about}\n\nLoaded as {options.dtype or 'stored'}:\n\n{table(found)}"
     print(report)
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         name = f"load_{options.folder.name}_{options.dtype or 'stored'}"
         kept = circumstances(options)
-        (RESULTS / f"{name}.json").write_text(json.dumps(kept | {"runs": found}, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(kept | {"found": found}, indent=1) + "\n")
         lines = "\n".join(f"- {key}: {value}" for key, value in kept.items())
         (RESULTS / f"{name}.md").write_text(f"{report}\n\n{lines}\n")
 

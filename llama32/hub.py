@@ -9,12 +9,13 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's, or httpx2's from Hub 2 on
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from llama32.checkpoint import inspect
+from llama32.config import LlamaConfig
+from llama32.files import read_json
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Repositories repeat their weights in other formats; only these files are downloaded.
@@ -83,7 +84,7 @@ def download(repo: str, to: str | Path | None = None, revision: str | None = Non
         ) from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{repo}: has no revision {revision!r} on the Hub") from None
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (HTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(
             f"{repo}: not downloaded ({reason}); check the network and HF_TOKEN and try again, it "
@@ -97,7 +98,13 @@ def download(repo: str, to: str | Path | None = None, revision: str | None = Non
 
 
 def _snapshot(repo: str, **options: Any) -> Path | None:
-    """The folder of a repository's model, in the Hub's layout or else in Meta's, if it has one."""
+    """The folder of a repository's model, in the Hub's layout or else in Meta's, if it has one.
+
+    The config comes first, so that another kind of model is refused before its weights come.
+    """
+    config = Path(snapshot_download(repo, allow_patterns="config.json", **options)) / "config.json"
+    if config.is_file():
+        LlamaConfig.from_hub(read_json(config))
     for wanted in (HUB_LAYOUT, META_LAYOUT):
         folder = Path(snapshot_download(repo, allow_patterns=[*wanted], **options))
         try:

@@ -5,7 +5,6 @@ cut into shards, and copies it into memory that says by itself which device and 
 """
 
 import dataclasses
-import math
 import pickle
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -82,6 +81,7 @@ class MappedFiles:
         self.open: dict[Path, Callable[[str], Tensor]] = {}
 
     def tensor(self, file: Path, name: str, nbytes: int) -> Tensor:
+        """A mapped tensor of that size. Let go of it before the next: it keeps its file mapped."""
         if self.read + nbytes > self.budget:
             self.open.clear()
             self.read = 0
@@ -107,7 +107,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
 
     def copy_to(self, out: Tensor, files: MappedFiles) -> None:
         """Copy straight from the mapped files to the device and dtype of `out`."""
@@ -118,7 +118,7 @@ class StoredTensor:
                 piece = piece.unflatten(0, (-1, self.pairs, 2)).transpose(1, 2)
                 part = part.unflatten(0, (-1, 2, self.pairs))
             part.copy_(piece)
-            del piece  # it would hold on to the mapping
+            del piece
 
     def read(self) -> Tensor:
         """The tensor as it is stored: mapped where it is whole, assembled where it is cut."""
@@ -257,7 +257,7 @@ def _join(
     if any(piece.shape != first.shape or piece.dtype != first.dtype for piece in pieces):
         raise ValueError(f"{files[0].parent}: {name} differs in shape or dtype between the shards")
     for axis, (part, size) in enumerate(zip(first.shape, whole or (), strict=False)):
-        if part != size == part * len(files):
+        if part * len(files) == size:
             shape = [*first.shape]
             shape[axis] = size
             return StoredTensor(name, files, torch.Size(shape), first.dtype, axis)

@@ -8,13 +8,12 @@ time: what they do is plain to see, and a sequence's result cannot depend on its
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
 from llama32 import attention
@@ -67,9 +66,12 @@ def flash(
     more, its paged form gives wrong rows (pytorch issues 179760, 194167), and with one a row's
     bits do not depend on the batch. In 2.11 the pages are gathered first.
     """
+    # Imported late: it pulls in torch's compiler, a second that only a GPU earns back.
+    from torch.nn.attention.varlen import varlen_attn
+
     starts: Tensor | None = None
     paging: dict[str, Any] = {}
-    if WALKS_PAGES:
+    if walks_pages(varlen_attn):
         paging = {"block_table": batch.page_table, "seqused_k": batch.lengths}
         paging |= {"num_splits": 1, "enable_gqa": True}
     else:
@@ -93,7 +95,12 @@ def flash(
     return mixed
 
 
-WALKS_PAGES = "block_table" in inspect.signature(varlen_attn).parameters
+@cache
+def walks_pages(kernel: Callable[..., Any]) -> bool:
+    """Whether this torch's flash attention takes a page table: from 2.12 on."""
+    return "block_table" in inspect.signature(kernel).parameters
+
+
 FLASH_PAGE = 256  # the kernel takes pages of a multiple of this many slots
 
 

@@ -75,10 +75,15 @@ def test_a_sharded_meta_checkpoint_is_described(tmp_path):
 
 def test_the_stored_dtype_is_that_of_most_weights(tmp_path):
     _, folder = saved(tmp_path, dtype=torch.bfloat16)
-    norm = "model.norm.weight"
-    edit_tensors(folder, lambda tensors: tensors.update({norm: tensors[norm].float()}))
+
+    def widen_most_tensors_but_few_weights(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "mlp." not in name and "embed" not in name:
+                tensors[name] = tensors[name].float()
+
+    edit_tensors(folder, widen_most_tensors_but_few_weights)
     assert inspect(folder).dtype == torch.bfloat16
-    assert load_model(folder).norm.weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in load_model(folder).parameters()} == {torch.bfloat16}
 
 
 def test_weights_load_in_the_stored_dtype_or_in_the_one_asked_for(tmp_path):

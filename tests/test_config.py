@@ -265,9 +265,10 @@ def test_writing_and_reading_a_config_is_the_identity(changes):
     assert LlamaConfig.from_hub(json.loads(json.dumps(config.to_hub()))) == config
 
 
-def test_a_config_is_written_with_the_values_of_the_published_file():
-    written = LlamaConfig.from_hub(LLAMA_3B_INSTRUCT).to_hub()
-    assert {key: LLAMA_3B_INSTRUCT[key] for key in written} == written
+@pytest.mark.parametrize("published", [LLAMA_1B, LLAMA_3B_INSTRUCT])
+def test_a_config_is_written_with_the_values_of_the_published_file(published):
+    written = LlamaConfig.from_hub(published).to_hub()
+    assert {key: published[key] for key in written} == written
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,15 @@ def test_offline_mode_is_named(hub, monkeypatch):
 
 
 def test_a_repository_without_weights_that_load_says_so(hub):
-    hub.files = {"config.json": b"{}", "pytorch_model.bin": b"not wanted"}
+    hub.files = {"README.md": b"not wanted", "pytorch_model.bin": b"not wanted"}
     with pytest.raises(FileNotFoundError, match="has neither safetensors nor Meta's"):
         resolve(REPO)
     assert "pytorch_model.bin" not in hub.fetched()
+
+
+def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    hub.files["config.json"] = b'{"model_type": "mamba"}'
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):
+        resolve(REPO)
+    assert hub.fetched() == {"config.json"}

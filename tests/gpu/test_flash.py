@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from llama32 import paged
 from llama32.attention import eager, fused
@@ -27,9 +28,9 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("walks_pages", [True, False], ids=["page table", "gathered"])
 @pytest.mark.parametrize("D", [64, 128])
 def test_flash_over_pages_equals_eager(monkeypatch, walks_pages, D):
-    if walks_pages and not paged.WALKS_PAGES:
+    if walks_pages and not paged.walks_pages(varlen_attn):
         pytest.skip("this torch has no block_table")
-    monkeypatch.setattr(paged, "WALKS_PAGES", walks_pages)
+    monkeypatch.setattr(paged, "walks_pages", lambda kernel: walks_pages)
     spans = [
         Span([1] * 300, 0, [5, 2]),  # a prompt
         Span([1] * 64, 700, [1, 6, 3]),  # a chunk of one
