@@ -8,3 +8,31 @@ Shapes are written with the same letters everywhere:
     N  packed tokens of a step       R  rotary pairs, D / 2     C  token slots of a page
     E  width of the residual stream  F  width of the mlp
 """
+
+from llama32.attention import eager, fused, mix, pattern
+from llama32.chat import Chat
+from llama32.checkpoint import load_model, save
+from llama32.config import LlamaConfig, RopeScaling
+from llama32.llm import LLM, Result, Stream, load
+from llama32.model import Llama
+from llama32.sampling import Sampling
+from llama32.tokenizer import Tokenizer
+
+__all__ = [
+    "LLM",
+    "Chat",
+    "Llama",
+    "LlamaConfig",
+    "Result",
+    "RopeScaling",
+    "Sampling",
+    "Stream",
+    "Tokenizer",
+    "eager",
+    "fused",
+    "load",
+    "load_model",
+    "mix",
+    "pattern",
+    "save",
+]
