@@ -1,0 +1,105 @@
+"""The house rules, held by reading the source: floors, sizes, and what is forbidden where."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llama32"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports go down only: a module may import those on lower floors, never its own or a higher one.
+FLOORS = (
+    ("files", "bpe"),
+    ("config", "attention", "batch", "tokenizer", "sampling", "stopping"),
+    ("rope", "paged", "chat"),
+    ("cache", "model"),
+    ("layouts",),
+    ("checkpoint", "generate", "train"),
+    ("hub",),
+    ("llm",),
+    ("__init__", "info", "terminal"),
+    ("options",),
+    ("dialog",),
+    ("__main__",),
+)
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+NO_TORCH: tuple[str, ...] = ("config", "files", "stopping", "tokenizer", "chat")
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def modules_of_ours(path: Path) -> set[str]:
+    dotted = {name for name in imported(path) if name.split(".")[0] == "llama32"}
+    known = {name.split(".")[1] for name in dotted if name.count(".")}
+    return known & FLOOR.keys() | ({"__init__"} if dotted and not known & FLOOR.keys() else set())
+
+
+def test_every_file_has_a_floor():
+    assert {path.stem for path in FILES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_only_go_down(path):
+    for module in modules_of_ours(path):
+        assert FLOOR[module] < FLOOR[path.stem], f"{path.stem} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_and_functions_stay_small(path):
+    lines = path.read_text("utf-8").splitlines()
+    assert len(lines) <= 300
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{path}: {node.name}"  # pyright: ignore
+
+
+def test_the_heart_can_be_read_in_one_sitting():
+    assert len((PACKAGE / "model.py").read_text().splitlines()) <= 200
+    assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 4000
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_forbidden_is_used(path):
+    for node in ast.walk(parse(path)):
+        assert not isinstance(node, ast.Global | ast.Nonlocal), f"{path}:{node.lineno}: global"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"{path}: {caught}"
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            assert dotted not in ("torch.compile", "torch.cuda.CUDAGraph", "torch.cuda.graph")
+            assert path.stem == "__main__" or not dotted.startswith(("os.environ", "os.getenv"))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}: {node.func.id}"
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_what_needs_no_tensors_imports_no_torch(module):
+    names = imported(PACKAGE / f"{module}.py")
+    assert not {name for name in names if name.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_module_and_public_name_is_explained(path):
+    tree = parse(path)
+    assert ast.get_docstring(tree), path
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
