@@ -1,5 +1,6 @@
 """The model against transformers' Llama: logits, loss, every gradient, long positions, bf16."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from llama32.attention import eager, fused
 from llama32.checkpoint import load_model
+from llama32.config import LLAMA3_BEND
 from llama32.generate import generate
 from llama32.layouts import names
 from llama32.model import Llama
@@ -85,14 +87,32 @@ def test_logits_equal_those_of_transformers(pair):
             torch.testing.assert_close(model(tokens, attend=attend), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("start", "within"), [(8170, 1e-4), (20_000, 1e-3), (131_000, 2e-2)])
-def test_logits_agree_at_long_positions(pair, start, within):
+FAR = {
+    "around 8,192": torch.arange(8170, 8234),
+    "around 20,000": torch.arange(20_000, 20_064),
+    "up to 131,071": torch.arange(131_008, 131_072),
+    "all over": torch.linspace(0, 131_071, 64).long(),  # distances that show the factor, too
+}
+
+
+@pytest.mark.parametrize("positions", FAR.values(), ids=list(FAR))
+def test_logits_agree_at_long_positions(pair, positions):
     theirs, model = pair
     tokens = torch.randint(131, (1, 64))
-    positions = torch.arange(start, start + 64)
     with torch.no_grad():
         expected = theirs(tokens, position_ids=positions[None]).logits
-        torch.testing.assert_close(model(tokens, positions), expected, atol=within, rtol=0)
+        torch.testing.assert_close(model(tokens, positions), expected, atol=1e-4, rtol=0)
+
+
+def test_another_rope_factor_would_be_seen_at_long_positions(tmp_path):
+    theirs = hub_model(rope_parameters=LLAMA3)
+    other = replace(ours(theirs, tmp_path).config, rope_scaling=replace(LLAMA3_BEND, factor=8.0))
+    model = Llama(other)
+    model.load_state_dict(load_model(tmp_path).state_dict())
+    tokens = torch.randint(131, (1, 64))
+    with torch.no_grad():
+        expected = theirs(tokens, position_ids=FAR["all over"][None]).logits
+        assert (model(tokens, FAR["all over"]) - expected).abs().max() > 1e-2
 
 
 def test_the_loss_and_every_gradient_agree(pair):
