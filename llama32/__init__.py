@@ -11,9 +11,10 @@ Shapes are written with the same letters everywhere:
 
 from llama32.attention import eager, fused, mix, pattern
 from llama32.chat import Chat
-from llama32.checkpoint import load_model, save
+from llama32.checkpoint import inspect, save
 from llama32.config import LlamaConfig, RopeScaling
-from llama32.llm import LLM, Result, Stream, load
+from llama32.llm import LLM, Result, Stream
+from llama32.loading import load, load_model
 from llama32.model import Llama
 from llama32.sampling import Sampling
 from llama32.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ __all__ = [
     "Tokenizer",
     "eager",
     "fused",
+    "inspect",
     "load",
     "load_model",
     "mix",

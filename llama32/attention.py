@@ -65,7 +65,7 @@ def fused(
         visible = causal(T, S, q.device)  # is_causal would align the first query, not the last
     mixed = F.scaled_dot_product_attention(
         *(_heads_first(x) for x in (q, k, v)),
-        attn_mask=None if visible is None else visible.unsqueeze(-3),
+        attn_mask=None if visible is None else visible.view(-1, 1, T, S),  # 4-D, or no fast kernel
         is_causal=square,
         enable_gqa=True,
     )

@@ -6,6 +6,7 @@ an nn.Module; `save(model, folder)` writes the Hub's layout, which the whole eco
 
 import dataclasses
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -34,6 +35,8 @@ from llama32.layouts import (
     shapes,
 )
 from llama32.model import Llama
+
+logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs")  # old exports store what the config tells
@@ -133,11 +136,13 @@ def load_model(
     that costs 0.2 s per GB once, but products with mapped weights are 10% slower every time, and
     a file that is changed or cut while it is mapped changes or kills the process. NaN and infinity
     are warned of; to look for them costs 0.04 s per GB. `on_progress(done, total)` counts the bytes
-    read. Whatever is wrong with the files is a ValueError or a FileNotFoundError of one line.
+    read. What was found is logged at level INFO. Whatever is wrong with the files is a ValueError
+    or a FileNotFoundError of one line.
     """
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype {dtype}: weights load in {', '.join(map(_spelled, FLOATS))}")
     found = inspect(path, rope_factor=rope_factor)
+    logger.info("%s", found)
     dtype = dtype or found.dtype
     with torch.device("meta"):
         model = Llama(found.config)

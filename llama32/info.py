@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from llama32 import checkpoint, paged
-from llama32.llm import assemble
+from llama32.loading import assemble
 from llama32.model import Llama
 from llama32.sampling import Sampling
 

@@ -3,17 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, overload
 
-import torch
-
 from llama32.chat import Chat
-from llama32.checkpoint import load_model
 from llama32.config import LlamaConfig
-from llama32.files import read_json
 from llama32.generate import Token, generate
-from llama32.hub import resolve
 from llama32.model import Llama
 from llama32.sampling import Sampling, TokenLogprobs
 from llama32.stopping import StopStrings
@@ -218,80 +212,3 @@ class LLM:
         tokens = generate(self.model, ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
         read_message = chat.parse if chat else None
         return Stream(tokens, len(ids), sampling.stop, self.tokenizer, read_message)
-
-
-def load(
-    name: str | Path = "tiny",
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    rope_factor: float | None = None,
-    chat_style: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> LLM:
-    """Load a checkpoint whole: a folder, a Hub id, or "tiny", which ships with the package.
-
-    By default it goes to the GPU if there is one, in the dtype it is stored in. `rope_factor`
-    overrides what is derived for Meta's layout, which does not say it. `chat_style` is "hub" or
-    "meta"; None takes "hub" if the checkpoint comes with a chat template in Llama 3's format.
-    """
-    folder = resolve(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(
-        folder, device=device, dtype=dtype, rope_factor=rope_factor, on_progress=on_progress
-    )
-    return assemble(folder, model, chat_style)
-
-
-def assemble(folder: Path, model: Llama, chat_style: str | None = None) -> LLM:
-    """A model, and what else its folder says of how to use it."""
-    tokenizer = Tokenizer.load(folder) if Tokenizer.find(folder) else None
-    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
-            f"{model.config.vocab_size} rows; one of the two belongs to another checkpoint"
-        )
-    generation = read_json_if_there(folder / "generation_config.json")
-    if chat_style is None and tokenizer and has_chat_template(folder, tokenizer):
-        chat_style = "hub"
-    return LLM(
-        model=model,
-        tokenizer=tokenizer,
-        chat_format=Chat(tokenizer, chat_style) if tokenizer and chat_style else None,
-        defaults=Sampling.from_generation_config(generation),
-        eos_ids=eos_ids(generation, model.config, tokenizer),
-    )
-
-
-def has_chat_template(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint was taught the Llama 3 chat format.
-
-    All of Llama 3 has the control tokens, the base models too; a template that uses them comes
-    with Instruct models only. Meta's own layout has no templates, so there the tokens must do.
-    """
-    if "<|start_header_id|>" not in tokenizer.special:
-        return False
-    if not (folder / "tokenizer.json").exists():
-        return True
-    settings = read_json_if_there(folder / "tokenizer_config.json")
-    template = folder / "chat_template.jinja"  # where newer files keep it
-    text = template.read_text("utf-8") if template.exists() else str(settings.get("chat_template"))
-    return "<|start_header_id|>" in text
-
-
-def eos_ids(
-    generation: Mapping[str, Any], config: LlamaConfig, tokenizer: Tokenizer | None
-) -> tuple[int, ...]:
-    """What ends a text: by generation_config.json, else config.json, else the tokenizer."""
-    said = generation.get("eos_token_id")
-    if said is not None:
-        return tuple(said) if isinstance(said, list) else (said,)
-    if config.eos_token_ids or tokenizer is None:
-        return config.eos_token_ids
-    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Meta's layout names none
-    return tuple(tokenizer.special[end] for end in ends if end in tokenizer.special)
-
-
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file."""
-    return read_json(path) if path.exists() else {}

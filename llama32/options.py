@@ -16,7 +16,8 @@ import torch
 from typer import Option
 
 from llama32 import hub
-from llama32.llm import LLM, Result, Stream, load
+from llama32.llm import LLM, Result, Stream
+from llama32.loading import load
 from llama32.sampling import Sampling
 from llama32.terminal import BYTES, bar, listen, note, speed, write
 

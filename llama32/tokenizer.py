@@ -31,6 +31,7 @@ META_CUT = re.compile(  # runs that are short enough, then as much as may be of 
     r"(?:\s{1,N}+(?!\s)|\S{1,N}+(?!\S))*+(?:\s{N}(?=\s)|\S{N}(?=\S))".replace("N", str(META_RUN))
 )
 
+NO_TOKEN = "\ufffd".encode()
 ONLY = (
     "only byte-level BPE loads; `llama32.load_model(path)` still loads the weights and generates "
     "from ids"
@@ -115,11 +116,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids, which may begin or end within a character."""
-        try:
-            return b"".join([self._texts[id] for id in ids])
-        except KeyError as error:
-            raise ValueError(f"{self.source} has no token of id {error.args[0]}") from None
+        """The bytes of ids, which may begin or end within a character.
+
+        An id without a token, such as a row that pads an embedding, is a U+FFFD: a model may well
+        choose one, and a text must not break off for it.
+        """
+        return b"".join([self._texts.get(id, NO_TOKEN) for id in ids])
 
     def stream(self) -> "TextStream":
         """A decoder of ids that come one by one."""

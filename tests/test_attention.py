@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama32.attention import causal, eager, fused, mix, pattern
 
@@ -47,6 +48,32 @@ def test_fused_equals_eager(shape, H, K, leading):
     visible[:, 0] = True
     given = fused(q, k, v, visible), eager(q, k, v, visible)
     torch.testing.assert_close(*given, atol=2e-6, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("leading", [(), (1,)], ids=str)
+@pytest.mark.parametrize("T", [64, 1])
+def test_fused_never_holds_a_pattern_for_every_head(leading, T):
+    """SDPA makes one, a hundred times over, where it has no fused kernel for its arguments."""
+    q = heads(*leading, T, 24, 16)
+    k, v = heads(*leading, 1000, 8, 16, seed=1), heads(*leading, 1000, 8, 16, seed=2)
+    with Largest() as largest:
+        fused(q, k, v)
+    assert largest.size <= max(T * 1000, k.numel())  # a mask of T x S is all there may be
+    with Largest() as largest:
+        eager(q, k, v)
+    assert largest.size >= T * 1000 * 24
 
 
 def test_fused_does_not_copy_shared_heads_for_one_query(monkeypatch):

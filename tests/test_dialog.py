@@ -4,7 +4,8 @@ import pytest
 
 from llama32.chat import Chat
 from llama32.dialog import Dialog, converse
-from llama32.llm import LLM, load
+from llama32.llm import LLM
+from llama32.loading import load
 from llama32.model import Llama
 from llama32.options import Output
 from tests.alphabet import ALPHABET, alphabet_checkpoint

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llama32 import paged
 from llama32.cache import PagedCache
 from llama32.generate import generate
 from llama32.sampling import Sampling
@@ -105,21 +106,13 @@ def test_logprobs_are_of_the_chosen_token_and_the_likeliest(model):
     assert tokens[0].id == next(iter(said.top))
 
 
-def test_the_memory_of_a_step_does_not_grow_with_the_square_of_the_prompt(model):
-    """The largest tensor that prefill makes is counted: no T x T pattern among them."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def test_no_step_of_a_long_prompt_is_larger_than_a_chunk(model):
+    seen = []
 
-    class Largest(TorchDispatchMode):
-        size = 0
+    def spy(q, keys, values, batch):
+        seen.append(len(q))
+        return paged.fused(q, keys, values, batch)
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.size = max(self.size, out.numel())
-            return out
-
-    long = random_model(tiny_config(vocab_size=100, max_position_embeddings=8192))
-    cache = PagedCache(long.config, 16, 256, dtype=torch.float32)
-    with Largest() as largest:
-        next(generate(long, PROMPT * 500, Sampling(), cache=cache, chunk=64))
-    assert largest.size < 4000 * 4000 / 8
+    cache = PagedCache(model.config, 4, 16, dtype=torch.float32, attend=spy)
+    next(generate(model, PROMPT * 5, Sampling(max_new_tokens=1), cache=cache, chunk=16))
+    assert seen == [16] * 6 + [8] * 3  # three layers

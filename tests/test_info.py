@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama32 import checkpoint, layouts
-from llama32.llm import load
+from llama32.loading import load
 from tests.alphabet import alphabet_checkpoint
 from tests.checkpoints import random_model, tiny_config, write_meta
 from tests.commands import error_of, json_of, run

@@ -9,7 +9,7 @@ from typer.testing import Result
 
 import llama32
 from llama32 import hub
-from llama32.llm import load
+from llama32.loading import load
 from llama32.options import sampling_changes
 from llama32.sampling import Sampling
 from tests.alphabet import ALPHABET, alphabet_checkpoint

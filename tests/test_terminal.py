@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from llama32 import terminal
-from llama32.llm import load
+from llama32.loading import load
 from llama32.terminal import BYTES, bar, listen, write
 from tests.alphabet import alphabet_checkpoint
 
