@@ -16,7 +16,7 @@ from llama32.config import LlamaConfig, RopeScaling
 from llama32.llm import LLM, Result, Stream
 from llama32.loading import load, load_model
 from llama32.model import Llama
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from llama32.tokenizer import Tokenizer
 
 __all__ = [

@@ -15,7 +15,8 @@ from torch import Tensor
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.model import Llama
-from llama32.sampling import Sampling, TokenLogprobs, choose
+from llama32.sampling import TokenLogprobs, choose
+from llama32.settings import Sampling
 
 PREFILL_CHUNK = 512  # tokens per step: enough to keep matrix products busy, little to hold
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from llama32 import checkpoint, paged
 from llama32.loading import assemble
 from llama32.model import Llama
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 
 
 def describe(

@@ -9,7 +9,8 @@ from llama32.chat import Chat
 from llama32.config import LlamaConfig
 from llama32.generate import Token, generate
 from llama32.model import Llama
-from llama32.sampling import Sampling, TokenLogprobs
+from llama32.sampling import TokenLogprobs
+from llama32.settings import Sampling
 from llama32.stopping import StopStrings
 from llama32.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from llama32.files import read_json
 from llama32.hub import resolve
 from llama32.llm import LLM
 from llama32.model import Llama
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from llama32.tokenizer import Tokenizer
 
 

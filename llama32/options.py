@@ -18,7 +18,7 @@ from typer import Option
 from llama32 import hub
 from llama32.llm import LLM, Result, Stream
 from llama32.loading import load
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from llama32.terminal import BYTES, bar, listen, note, speed, write
 
 Command = Callable[..., None]

@@ -4,7 +4,7 @@ import torch
 from llama32 import paged
 from llama32.cache import PagedCache
 from llama32.generate import generate
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

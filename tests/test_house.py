@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down only: a module may import those on lower floors, never its own or a higher one.
 FLOORS = (
-    ("files", "bpe"),
+    ("files", "bpe", "settings"),
     ("config", "attention", "batch", "tokenizer", "sampling", "stopping"),
     ("rope", "paged", "chat"),
     ("cache", "model"),
@@ -26,7 +26,7 @@ FLOORS = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-NO_TORCH: tuple[str, ...] = ("config", "files", "stopping", "tokenizer", "chat")
+NO_TORCH = ("config", "files", "settings", "stopping", "bpe", "tokenizer", "chat")
 
 
 def parse(path: Path) -> ast.Module:

@@ -8,7 +8,7 @@ import torch
 from llama32.checkpoint import save
 from llama32.llm import LLM
 from llama32.loading import assemble, eos_ids, has_chat_template, load
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from llama32.tokenizer import Tokenizer
 from tests.alphabet import ALPHABET, alphabet_checkpoint
 from tests.checkpoints import edit_json, random_model, tiny_config

@@ -11,7 +11,7 @@ import llama32
 from llama32 import hub
 from llama32.loading import load
 from llama32.options import sampling_changes
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from tests.alphabet import ALPHABET, alphabet_checkpoint
 from tests.checkpoints import edit_tensors, random_model, tiny_config, write_meta
 from tests.commands import error_of, json_of, run

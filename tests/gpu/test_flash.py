@@ -11,7 +11,7 @@ from llama32.attention import eager, fused
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.generate import generate
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

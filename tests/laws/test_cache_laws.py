@@ -8,7 +8,7 @@ from llama32 import attention, paged
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.generate import generate
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
 
 ROUNDED = {"atol": 5e-5, "rtol": 0}  # logits are of the order of 4

@@ -14,7 +14,7 @@ from llama32.config import LLAMA3_BEND
 from llama32.generate import generate
 from llama32.layouts import names
 from llama32.model import Llama
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 from llama32.train import next_token_loss
 
 LLAMA3 = {

@@ -9,7 +9,7 @@ import torch
 
 from llama32.checkpoint import load_model
 from llama32.generate import generate
-from llama32.sampling import Sampling
+from llama32.settings import Sampling
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
