@@ -106,6 +106,33 @@ def test_fresh_weights_predict_about_evenly():
     assert model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(scaled, rel=0.1)
 
 
+def test_the_whole_gradient_is_clipped_to_the_norm_of_the_recipe(tmp_path, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        clip(parameters, max_norm)
+        norms.append(torch.nn.utils.get_total_norm([w.grad for w in parameters]).item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    train(fresh_model(), lambda epoch: COUNTING, COUNTING, replace(RECIPE, clip=0.01), tmp_path)
+    assert norms == pytest.approx([0.01] * RECIPE.steps, rel=1e-3)
+
+
+def test_matrices_decay_and_norms_and_embeddings_do_not(tmp_path):
+    """At a rate of nothing but decay: a gradient clipped to zero moves no weight by itself."""
+    model = fresh_model()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    recipe = replace(RECIPE, clip=0.0, warmup=1, weight_decay=0.5, steps=2)
+    train(model, lambda epoch: COUNTING, COUNTING, recipe, tmp_path)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1 or name == "embed.weight":
+            assert torch.equal(weight, before[name]), name
+        else:
+            assert weight.norm() < before[name].norm(), name
+
+
 def test_too_little_text_is_an_error():
     with pytest.raises(ValueError, match="10 tokens do not fill a row of 16"):
         held_out_loss(fresh_model(), COUNTING[:10], RECIPE)
