@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama32.batch import Batch
 from llama32.config import LlamaConfig
-from llama32.paged import PagedAttend, fastest
+from llama32.paged import PAGE_SIZE, PagedAttend, fastest
 
 
 class PagedCache:
@@ -29,7 +29,7 @@ class PagedCache:
         self,
         config: LlamaConfig,
         num_pages: int,
-        page_size: int = 256,
+        page_size: int = PAGE_SIZE,
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.model import Llama
+from llama32.paged import PAGE_SIZE
 from llama32.sampling import TokenLogprobs, choose
 from llama32.settings import Sampling
 
@@ -48,7 +49,7 @@ def generate(
     longest = check_prompt(model, prompt, sampling)
     if cache is None:
         weight = model.norm.weight
-        num_pages = -(-longest // 256)
+        num_pages = -(-longest // PAGE_SIZE)
         cache = PagedCache(model.config, num_pages, dtype=weight.dtype, device=weight.device)
     stop_ids = set(sampling.stop_ids) | (set() if sampling.ignore_eos else set(eos_ids))
     return _tokens(model, prompt, sampling, stop_ids, longest, cache, chunk, on_prefill)

@@ -31,7 +31,7 @@ def describe(
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # k and v
     context = context or config.max_position_embeddings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attend = paged.fastest(device, torch.bfloat16, config.head_dim, page_size=256)
+    attend = paged.fastest(device, torch.bfloat16, config.head_dim, paged.PAGE_SIZE)
     texts = {id: text for text, id in llm.tokenizer.special.items()} if llm.tokenizer else {}
     return {
         "found": str(found),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llama32 import checkpoint
-from llama32.chat import Chat
+from llama32.chat import Chat, Control
 from llama32.config import LlamaConfig
 from llama32.files import read_json
 from llama32.hub import resolve
@@ -84,14 +84,14 @@ def has_chat_template(folder: Path, tokenizer: Tokenizer) -> bool:
     All of Llama 3 has the control tokens, the base models too; a template that uses them comes
     with Instruct models only. Meta's own layout has no templates, so there the tokens must do.
     """
-    if "<|start_header_id|>" not in tokenizer.special:
+    if Control.HEADER.value not in tokenizer.special:
         return False
     if not (folder / "tokenizer.json").exists():
         return True
     settings = read_json_if_there(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"  # where newer files keep it
     text = template.read_text("utf-8") if template.exists() else str(settings.get("chat_template"))
-    return "<|start_header_id|>" in text
+    return Control.HEADER.value in text
 
 
 def eos_ids(
@@ -103,7 +103,7 @@ def eos_ids(
         return tuple(said) if isinstance(said, list) else (said,)
     if config.eos_token_ids or tokenizer is None:
         return config.eos_token_ids
-    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Meta's layout names none
+    ends = Control.EOS.value, Control.EOM.value, Control.EOT.value  # Meta's layout names none
     return tuple(tokenizer.special[end] for end in ends if end in tokenizer.special)
 
 

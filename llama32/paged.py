@@ -101,7 +101,7 @@ def walks_pages(kernel: Callable[..., Any]) -> bool:
     return "block_table" in inspect.signature(kernel).parameters
 
 
-FLASH_PAGE = 256  # the kernel takes pages of a multiple of this many slots
+PAGE_SIZE = 256  # slots; flash attention takes pages of this size or a multiple of it
 
 
 def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> PagedAttend:
@@ -113,6 +113,6 @@ def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: 
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
-        and page_size % FLASH_PAGE == 0
+        and page_size % PAGE_SIZE == 0
     )
     return flash if can_flash else fused

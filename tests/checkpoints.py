@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ LLAMA3 = RopeScaling(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
+# The same, and no scaling, as the `rope_parameters` of transformers.
+HUB_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, **asdict(LLAMA3)}
+HUB_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

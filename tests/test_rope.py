@@ -6,25 +6,12 @@ from transformers import LlamaConfig as HubConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama32.rope import rotary_speeds, rotate, rotation
-from tests.checkpoints import random_model, tiny_config
+from tests.checkpoints import HUB_LLAMA3, random_model, tiny_config
 
 
 def test_the_bent_speeds_are_bit_for_bit_those_of_transformers():
     config = tiny_config(head_dim=64)
-    bend = config.rope_scaling
-    assert bend is not None
-    hub = HubConfig(
-        hidden_size=64,
-        num_attention_heads=1,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": config.rope_theta,
-            "factor": bend.factor,
-            "low_freq_factor": bend.low_freq_factor,
-            "high_freq_factor": bend.high_freq_factor,
-            "original_max_position_embeddings": bend.original_max_position_embeddings,
-        },
-    )
+    hub = HubConfig(hidden_size=64, num_attention_heads=1, rope_parameters=HUB_LLAMA3)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](hub, torch.device("cpu"))
     assert torch.equal(rotary_speeds(config), expected)
 

@@ -12,17 +12,8 @@ from transformers import LlamaConfig as HubConfig
 
 from llama32.checkpoint import load_model, save
 from llama32.layouts import names
-from tests.checkpoints import edit_json, random_model, tiny_config
+from tests.checkpoints import HUB_LLAMA3, HUB_PLAIN, edit_json, random_model, tiny_config
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 TOKENS = torch.arange(160).reshape(2, 80)
 
 
@@ -36,7 +27,7 @@ def hub_model(**changes: Any) -> LlamaForCausalLM:
         "num_key_value_heads": 2,
         "max_position_embeddings": 131072,
         "initializer_range": 0.15,
-        "rope_parameters": LLAMA3,
+        "rope_parameters": HUB_LLAMA3,
         "eos_token_id": [128001, 128008, 128009],
     }
     torch.manual_seed(0)
@@ -51,7 +42,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("shard", ["50GB", "60KB"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rope", [LLAMA3, PLAIN], ids=["llama3", "plain"])
+@pytest.mark.parametrize("rope", [HUB_LLAMA3, HUB_PLAIN], ids=["llama3", "plain"])
 def test_what_transformers_saves_loads_with_the_same_weights(tmp_path, shard, tied, rope):
     theirs = hub_model(tie_word_embeddings=tied, rope_parameters=rope)
     theirs.save_pretrained(tmp_path, max_shard_size=shard)

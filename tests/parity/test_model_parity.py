@@ -16,32 +16,28 @@ from llama32.layouts import names
 from llama32.model import Llama
 from llama32.settings import Sampling
 from llama32.train import next_token_loss
+from tests.checkpoints import HUB_LLAMA3, HUB_PLAIN
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 SHAPES = {
-    "tied, one to one, llama3": {"rope_parameters": LLAMA3},
-    "untied, one to one": {"rope_parameters": PLAIN, "tie_word_embeddings": False},
+    "tied, one to one, llama3": {"rope_parameters": HUB_LLAMA3},
+    "untied, one to one": {"rope_parameters": HUB_PLAIN, "tie_word_embeddings": False},
     "tied, three to one": {
-        "rope_parameters": LLAMA3,
+        "rope_parameters": HUB_LLAMA3,
         "hidden_size": 96,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
     },
     "untied, eight to one": {
-        "rope_parameters": LLAMA3,
+        "rope_parameters": HUB_LLAMA3,
         "num_attention_heads": 8,
         "num_key_value_heads": 1,
         "tie_word_embeddings": False,
     },
-    "head_dim of its own": {"rope_parameters": LLAMA3, "head_dim": 22, "num_key_value_heads": 2},
+    "head_dim of its own": {
+        "rope_parameters": HUB_LLAMA3,
+        "head_dim": 22,
+        "num_key_value_heads": 2,
+    },
 }
 
 
@@ -105,7 +101,7 @@ def test_logits_agree_at_long_positions(pair, positions):
 
 
 def test_another_rope_factor_would_be_seen_at_long_positions(tmp_path):
-    theirs = hub_model(rope_parameters=LLAMA3)
+    theirs = hub_model(rope_parameters=HUB_LLAMA3)
     other = replace(ours(theirs, tmp_path).config, rope_scaling=replace(LLAMA3_BEND, factor=8.0))
     model = Llama(other)
     model.load_state_dict(load_model(tmp_path).state_dict())
