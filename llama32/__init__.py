@@ -13,15 +13,22 @@ from llama32.attention import eager, fused, mix, pattern
 from llama32.chat import Chat
 from llama32.checkpoint import inspect, save
 from llama32.config import LlamaConfig, RopeScaling
-from llama32.llm import LLM, Result, Stream
+from llama32.engine.asynchronous import AsyncEngine
+from llama32.engine.engine import Engine
+from llama32.engine.settings import EngineSettings
+from llama32.llm import LLM
 from llama32.loading import load, load_model
 from llama32.model import Llama
 from llama32.settings import Sampling
+from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "Chat",
+    "Engine",
+    "EngineSettings",
     "Llama",
     "LlamaConfig",
     "Result",

@@ -23,8 +23,8 @@ from typer.core import TyperGroup
 from llama32 import hub
 from llama32.dialog import Dialog, converse, piped_turns
 from llama32.info import describe, tables
-from llama32.llm import Result
 from llama32.options import Output, RopeFactor, Source, options, print_json, sampling_changes
+from llama32.stream import Result
 from llama32.terminal import complain, note, out, read_text, warn
 
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)

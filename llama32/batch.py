@@ -6,6 +6,8 @@ where the first become the second.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -35,34 +37,72 @@ class Batch:
     slots: Int[Tensor, " N"]  # where its key and value go: page * C + place in the page
     last: Int[Tensor, " B"]  # the row of each sequence's last token, the one to sample from
     # The same for kernels that walk the page table themselves:
-    query_starts: Int32[Tensor, " B1"]  # first row of each sequence, then N
+    query_starts: Int32[Tensor, " B1"]  # first row of each sequence, then the row behind the last
     lengths: Int32[Tensor, " B"]  # tokens in context, new ones included
-    page_table: Int32[Tensor, "B pages"]  # page ids, 0 where a sequence has no more
+    page_table: Int32[Tensor, "B pages"]  # page ids, `spare` where a sequence has no more
+    max_query: int  # no sequence has more new tokens
+    max_length: int  # nor more in context
     # And for code on the host, which must not wait for the device to tell it:
     spans: tuple[Span, ...]
+    page_size: int
 
     @classmethod
     def pack(
-        cls, spans: Sequence[Span], page_size: int, device: torch.device | str = "cpu"
+        cls,
+        spans: Sequence[Span],
+        page_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        rows: int | None = None,
+        spare: int = 0,
     ) -> "Batch":
-        """Lists to tensors, built on the host and moved in one go each."""
-        counts = torch.tensor([len(span.tokens) for span in spans])
-        if not len(spans) or not counts.all():
+        """Lists to tensors, built on the host and moved in one go each.
+
+        `rows` asks for a certain N: rows behind those of the sequences compute nothing that
+        anybody reads, and write to the page `spare`.
+        """
+        counts = [len(span.tokens) for span in spans]
+        if not counts or 0 in counts:
             raise ValueError("batch: every sequence needs at least one new token")
-        ends = counts.cumsum(0)
-        lengths = torch.tensor([span.length for span in spans])
-        positions = torch.cat([torch.arange(span.start, span.length) for span in spans])
-        most = max(len(span.pages) for span in spans)
-        table = torch.tensor([[*span.pages] + [0] * (most - len(span.pages)) for span in spans])
-        owner = torch.repeat_interleave(torch.arange(len(spans)), counts)
-        slots = table[owner, positions // page_size] * page_size + positions % page_size
+        ends = list(accumulate(counts))
+        blank = (rows or ends[-1]) - ends[-1]
+        if blank < 0:
+            raise ValueError(f"batch: {ends[-1]} tokens do not fit into {rows} rows")
+        positions = [i for span in spans for i in range(span.start, span.length)]
+        slots = [
+            span.pages[i // page_size] * page_size + i % page_size
+            for span in spans
+            for i in range(span.start, span.length)
+        ]
+        width = max(len(span.pages) for span in spans)
+        table = [[*span.pages, *[spare] * (width - len(span.pages))] for span in spans]
+
+        def tensor(values: Sequence, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
         return cls(
-            tokens=torch.tensor([token for span in spans for token in span.tokens]).to(device),
-            positions=positions.to(device),
-            slots=slots.to(device),
-            last=(ends - 1).to(device),
-            query_starts=torch.cat((ends.new_zeros(1), ends)).int().to(device),
-            lengths=lengths.int().to(device),
-            page_table=table.int().to(device),
+            tokens=tensor([*chain.from_iterable(span.tokens for span in spans), *[0] * blank]),
+            positions=tensor(positions + [0] * blank),
+            slots=tensor(slots + [spare * page_size] * blank),
+            last=tensor([end - 1 for end in ends]),
+            query_starts=tensor([0, *ends], torch.int32),
+            lengths=tensor([span.length for span in spans], torch.int32),
+            page_table=tensor(table, torch.int32),
+            max_query=max(counts),
+            max_length=max(span.length for span in spans),
             spans=tuple(spans),
+            page_size=page_size,
         )
+
+    @cached_property
+    def reads(self) -> list[slice | Int[Tensor, " pages"]]:
+        """Where each sequence's keys and values are: slots in a row, which can be read in place,
+        or else its pages. The same for all layers, so it is found once."""
+        return [self._read(span) for span in self.spans]
+
+    def _read(self, span: Span) -> slice | Int[Tensor, " pages"]:
+        used = span.pages[: -(-span.length // self.page_size)]
+        if used == list(range(used[0], used[0] + len(used))):
+            start = used[0] * self.page_size
+            return slice(start, start + span.length)
+        return torch.tensor(used, device=self.tokens.device)

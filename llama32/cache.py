@@ -5,6 +5,8 @@ copied when it does, and sequences of any length fit into one pool without gaps.
 cache is the same thing with one page. (PagedAttention, Kwon et al. 2023)
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +40,8 @@ class PagedCache:
         slots = config.num_hidden_layers, num_pages, page_size
         shape = (*slots, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a kernel that reads a whole page multiplies its unused slots by 0.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, torch.device(device))
+        self.values = _zeros(shape, dtype, torch.device(device))
         self.page_size = page_size
         self.free = list(reversed(range(num_pages)))  # taken from the end: lowest page first
         device = self.keys.device
@@ -64,6 +66,27 @@ class PagedCache:
         """One attention for each layer, all reading and writing the same slots."""
         layers = zip(self.keys, self.values, strict=True)
         return [CachedAttention(keys, values, batch, self.attend) for keys, values in layers]
+
+
+def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """What one token takes in the cache: a key and a value in every layer."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * width * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU straight from the system, which hands out zeros and no memory before it is written:
+    a large cache then costs what is used of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        fresh = mmap.mmap(-1, size)
+    except (OSError, OverflowError):
+        raise MemoryError(
+            f"a KV cache of {2 * size:,} bytes is more than this machine has; make it smaller"
+        ) from None
+    return torch.frombuffer(fresh, dtype=dtype).view(shape)
 
 
 @dataclass

@@ -7,7 +7,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from llama32.llm import LLM, Result
+from llama32.llm import LLM
+from llama32.stream import Result
 from llama32.terminal import complain, decode, note, out
 
 HELP = """\

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
+from llama32.config import LlamaConfig
 from llama32.model import Llama
 from llama32.paged import PAGE_SIZE
 from llama32.sampling import TokenLogprobs, choose
@@ -46,7 +47,7 @@ def generate(
     `on_prefill(done, total)` is told after each. A stop id is yielded too, as the last token.
     Raises ValueError at once where the prompt is empty, out of range or too long.
     """
-    longest = check_prompt(model, prompt, sampling)
+    longest = check_prompt(model.config, prompt, sampling)
     if cache is None:
         weight = model.norm.weight
         num_pages = -(-longest // PAGE_SIZE)
@@ -96,9 +97,9 @@ def step(model: Llama, cache: PagedCache, span: Span) -> Float[Tensor, "1 V"]:
     return model(batch.tokens, batch.positions, cache.attends(batch), rows=batch.last)
 
 
-def check_prompt(model: Llama, prompt: Sequence[int], sampling: Sampling) -> int:
+def check_prompt(config: LlamaConfig, prompt: Sequence[int], sampling: Sampling) -> int:
     """The most tokens that prompt and output can come to; ValueError if it cannot be run."""
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    context, vocabulary = config.max_position_embeddings, config.vocab_size
     if not len(prompt):
         raise ValueError("prompt: it is empty; give at least one token")
     if bad := [token for token in prompt if not 0 <= token < vocabulary]:

@@ -1,107 +1,24 @@
 """The friendly face: a checkpoint, loaded whole, that turns text into text."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, overload
 
 from llama32.chat import Chat
 from llama32.config import LlamaConfig
-from llama32.generate import Token, generate
+from llama32.engine.engine import Engine
+from llama32.engine.settings import EngineSettings
 from llama32.model import Llama
-from llama32.sampling import TokenLogprobs
+from llama32.progress import watch
+from llama32.sampling import derive_seed
 from llama32.settings import Sampling
-from llama32.stopping import StopStrings
+from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one prompt."""
-
-    text: str  # without the stop string or control token that ended it
-    ids: list[int]  # all that was generated, the stop id included
-    finish_reason: str  # "stop", "length", or "abort" where the listener left
-    usage: Usage
-    logprobs: list[TokenLogprobs] | None = None  # one per id, where `Sampling.logprobs` asked
-    message: dict[str, Any] | None = None  # of a chat: {"role", "content", "tool_calls"}
-
-
-class Stream:
-    """Text while it is made: iterate for the pieces; afterwards `result` holds the whole."""
-
-    def __init__(
-        self,
-        tokens: Iterator[Token],
-        num_prompt_tokens: int,
-        stop: Sequence[str],
-        tokenizer: Tokenizer | None,
-        read_message: Callable[[list[int]], dict[str, Any]] | None = None,
-    ) -> None:
-        self._tokens = tokens
-        self._num_prompt_tokens = num_prompt_tokens
-        self._stops = StopStrings(stop)
-        self._tokenizer = tokenizer
-        self._read_message = read_message
-        self._seen: list[Token] = []
-        self._text = ""
-        self._reason = "abort"  # until the text ends by itself
-        self._pieces = self._listen()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def run(self) -> Result:
-        """Wait for the whole."""
-        for _ in self:
-            pass
-        return self.result
-
-    @property
-    def result(self) -> Result:
-        """The whole, or after a Ctrl-C what there is of it. Asking ends one that still runs."""
-        self._pieces.close()
-        ids = [token.id for token in self._seen]
-        logprobs = [token.logprobs for token in self._seen if token.logprobs is not None]
-        message = self._read_message(ids) if self._read_message else None
-        if message and self._stops.hit and not message["tool_calls"]:
-            message["content"] = self._text
-        return Result(
-            text=self._text,
-            ids=ids,
-            finish_reason=self._reason,
-            usage=Usage(self._num_prompt_tokens, len(ids)),
-            logprobs=logprobs or None,
-            message=message,
-        )
-
-    def _listen(self) -> Generator[str, None, None]:
-        decoder = self._tokenizer.stream() if self._tokenizer else None
-        for token in self._tokens:
-            self._seen.append(token)
-            reason, piece = token.finish_reason, ""
-            if decoder and reason != "stop":
-                piece = self._stops.push(decoder.push(token.id))
-            if decoder and reason:
-                piece += self._stops.push(decoder.flush()) + self._stops.flush()
-            if self._stops.hit:
-                reason = "stop"
-            self._text += piece
-            self._reason = reason or self._reason
-            if piece:
-                yield piece
-            if reason:
-                return
 
 
 @dataclass(frozen=True)
@@ -117,10 +34,27 @@ class LLM:
     chat_format: Chat | None  # None: the checkpoint was not taught to chat
     defaults: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
+    engine_settings: EngineSettings = field(default_factory=EngineSettings)
+    _engines: dict[Any, Engine] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @property
     def config(self) -> LlamaConfig:
         return self.model.config
+
+    @property
+    def engine(self) -> Engine:
+        """What all requests run through: made when it is first needed, and anew where the model
+        has moved to another device or dtype."""
+        weight = self.model.norm.weight
+        place = weight.device, weight.dtype
+        with self._lock:
+            if place not in self._engines:
+                for engine in self._engines.values():
+                    engine.close()
+                self._engines.clear()
+                self._engines[place] = Engine.of(self.model, self.engine_settings)
+            return self._engines[place]
 
     @overload
     def generate(
@@ -128,15 +62,66 @@ class LLM:
     ) -> Result: ...
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], sampling: Sampling | None = None, **changes: Any
+        self,
+        prompt: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        progress: bool | None = None,
+        **changes: Any,
     ) -> list[Result]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], sampling: Sampling | None = None, **changes: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        progress: bool | None = None,
+        **changes: Any,
     ) -> Result | list[Result]:
-        """Continue a text, or the token ids of one; for a list of prompts, a list of results."""
-        if not isinstance(prompt, str) and any(not isinstance(part, int) for part in prompt):
-            return [self.stream(one, sampling, **changes).run() for one in prompt]  # pyright: ignore
-        return self.stream(prompt, sampling, **changes).run()  # pyright: ignore
+        """Continue a text, or the token ids of one; for a list of prompts, a list of results.
+
+        A list runs as one batch, and what its prompts share at their beginning is computed once.
+        `sampling` may be a list then, too. `progress` shows a bar; None does so on a terminal.
+        """
+        if isinstance(prompt, str) or all(isinstance(part, int) for part in prompt):
+            return self.stream(prompt, sampling, **changes).run()  # pyright: ignore
+        given = [sampling] * len(prompt) if not isinstance(sampling, Sequence) else sampling
+        if len(given) != len(prompt):
+            raise ValueError(f"sampling: {len(given)} are given for {len(prompt)} prompts")
+        pairs = zip(prompt, given, strict=True)
+        asked = [(self._ids(one), self._sampling(its, changes)) for one, its in pairs]  # pyright: ignore
+        return self._run(asked, progress)
+
+    def sample(
+        self,
+        prompt: Prompt,
+        n: int,
+        sampling: Sampling | None = None,
+        *,
+        best_of: int | None = None,
+        progress: bool | None = None,
+        **changes: Any,
+    ) -> list[Result]:
+        """`n` continuations of one prompt, which is computed once.
+
+        With a seed, each gets one derived from it, the first the seed itself. `best_of` makes that
+        many and keeps the `n` whose tokens the model finds likeliest on average, likeliest first.
+        """
+        made = n if best_of is None else best_of
+        if not 1 <= n <= made:
+            raise ValueError(f"sample: n is {n} and best_of {best_of}, allowed: 1 <= n <= best_of")
+        settings = self._sampling(sampling, changes)
+        scored = dataclasses.replace(settings, logprobs=settings.logprobs or 0)
+        each = [settings if best_of is None else scored] * made
+        if settings.seed is not None:
+            seeds = [derive_seed(settings.seed, i) for i in range(made)]
+            each = [dataclasses.replace(one, seed=s) for one, s in zip(each, seeds, strict=True)]
+        ids = self._ids(prompt)
+        results = self._run([(ids, one) for one in each], progress)
+        if best_of is None:
+            return results
+        best = sorted(results, key=mean_logprob, reverse=True)[:n]
+        hides = settings.logprobs is None
+        return [dataclasses.replace(one, logprobs=None) if hides else one for one in best]
 
     def stream(
         self,
@@ -147,7 +132,7 @@ class LLM:
         **changes: Any,
     ) -> Stream:
         """The same, piece by piece. A piece never ends inside a character."""
-        return self._start(self._ids(prompt), sampling, changes, on_prefill)
+        return self._start(self._ids(prompt), self._sampling(sampling, changes), on_prefill)
 
     def chat(
         self,
@@ -178,7 +163,7 @@ class LLM:
         """The answer, piece by piece."""
         chat = self.require_chat()
         ids = chat.encode(messages, tools=tools, date=date)
-        return self._start(ids, sampling, changes, on_prefill, chat)
+        return self._start(ids, self._sampling(sampling, changes), on_prefill, chat)
 
     def require_chat(self) -> Chat:
         """The chat format; ValueError where there is none."""
@@ -198,18 +183,41 @@ class LLM:
             raise ValueError("prompt: it is empty; give at least one word")
         return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
 
+    def _sampling(self, sampling: Sampling | None, changes: Mapping[str, Any]) -> Sampling:
+        return dataclasses.replace(sampling or self.defaults, **changes)
+
     def _start(
         self,
         ids: list[int],
-        sampling: Sampling | None,
-        changes: dict[str, Any],
-        on_prefill: Callable[[int, int], None] | None,
+        sampling: Sampling,
+        on_prefill: Callable[[int, int], None] | None = None,
         chat: Chat | None = None,
     ) -> Stream:
-        sampling = dataclasses.replace(sampling or self.defaults, **changes)
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: this checkpoint has no tokenizer; use stop_ids")
         eos_ids = {*self.eos_ids, *(chat.stop_ids if chat else ())}
-        tokens = generate(self.model, ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
-        read_message = chat.parse if chat else None
-        return Stream(tokens, len(ids), sampling.stop, self.tokenizer, read_message)
+        engine = self.engine
+        request = engine.add(ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
+        return Stream(engine, request, self.tokenizer, chat.parse if chat else None)
+
+    def _run(self, asked: list[tuple[list[int], Sampling]], progress: bool | None) -> list[Result]:
+        """All to their ends, together."""
+        with ExitStack() as stack:
+            streams: list[Stream] = []
+            for ids, sampling in asked:
+                streams.append(self._start(ids, sampling))
+                stack.callback(streams[-1].close)
+            report = stack.enter_context(watch(self.engine, len(streams), progress))
+            running = streams
+            while running := [stream for stream in running if not stream.has_ended]:
+                self.engine.step()
+                for stream in running:
+                    stream.catch_up()
+                report(sum(stream.has_ended for stream in streams))
+            return [stream.run() for stream in streams]
+
+
+def mean_logprob(result: Result) -> float:
+    """How likely the model finds a text, for each of its tokens."""
+    logprobs = result.logprobs or []
+    return sum(one.chosen for one in logprobs) / max(len(logprobs), 1)

@@ -9,6 +9,7 @@ import torch
 from llama32 import checkpoint
 from llama32.chat import Chat, Control
 from llama32.config import LlamaConfig
+from llama32.engine.settings import EngineSettings
 from llama32.files import read_json
 from llama32.hub import resolve
 from llama32.llm import LLM
@@ -43,22 +44,29 @@ def load(
     rope_factor: float | None = None,
     chat_style: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    engine: EngineSettings | None = None,
 ) -> LLM:
     """Load a checkpoint whole: a folder, a Hub id, or "tiny", which ships with the package.
 
     By default it goes to the GPU if there is one, in the dtype it is stored in. `rope_factor`
     overrides what is derived for Meta's layout, which does not say it. `chat_style` is "hub" or
     "meta"; None takes "hub" if the checkpoint comes with a chat template in Llama 3's format.
+    `engine` says how many requests run at once, and in how much memory.
     """
     folder = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.load_model(
         folder, device=device, dtype=dtype, rope_factor=rope_factor, on_progress=on_progress
     )
-    return assemble(folder, model, chat_style)
+    return assemble(folder, model, chat_style, engine)
 
 
-def assemble(folder: Path, model: Llama, chat_style: str | None = None) -> LLM:
+def assemble(
+    folder: Path,
+    model: Llama,
+    chat_style: str | None = None,
+    engine: EngineSettings | None = None,
+) -> LLM:
     """A model, and what else its folder says of how to use it."""
     tokenizer = Tokenizer.load(folder) if Tokenizer.find(folder) else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
@@ -75,6 +83,7 @@ def assemble(folder: Path, model: Llama, chat_style: str | None = None) -> LLM:
         chat_format=Chat(tokenizer, chat_style) if tokenizer and chat_style else None,
         defaults=Sampling.from_generation_config(generation),
         eos_ids=eos_ids(generation, model.config, tokenizer),
+        engine_settings=engine or EngineSettings(),
     )
 
 

@@ -16,9 +16,10 @@ import torch
 from typer import Option
 
 from llama32 import hub
-from llama32.llm import LLM, Result, Stream
+from llama32.llm import LLM
 from llama32.loading import load
 from llama32.settings import Sampling
+from llama32.stream import Result, Stream
 from llama32.terminal import BYTES, bar, listen, note, speed, write
 
 Command = Callable[..., None]

@@ -7,20 +7,23 @@ time: what they do is plain to see, and a sequence's result cannot depend on its
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from llama32 import attention
 from llama32.attention import Attend
 from llama32.batch import Batch
 
 PagedAttend = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
+
+QUERY_BLOCK = 64  # costs nothing measurable against whole prompts, up to long ones in bf16
+PAGE_SIZE = 256  # slots; flash attention takes pages of this size or a multiple of it
 
 
 def one_by_one(
@@ -30,28 +33,91 @@ def one_by_one(
     values: Float[Tensor, "P C K D"],
     batch: Batch,
 ) -> Float[Tensor, "N H D"]:
-    """Sequence after sequence through an attention that knows no pages."""
-    counts = [len(span.tokens) for span in batch.spans]
-    mixed = [
-        attend(rows, read(keys, span.pages, span.length), read(values, span.pages, span.length))
-        for rows, span in zip(q.split(counts), batch.spans, strict=True)
-    ]
+    """Sequence after sequence through an attention that knows no pages.
+
+    Of a prompt, at most QUERY_BLOCK queries at once, cut where their positions are multiples of
+    it: so the shapes, and with them the bits, depend on the sequence alone and not on how its
+    prompt was cut into steps; and no more than a block of the mask is in memory.
+    """
+    mixed: list[Tensor] = []
+    row = 0
+    for span, where in zip(batch.spans, batch.reads, strict=True):
+        k, v = read(keys, where, span.length), read(values, where, span.length)
+        for start, stop in blocks(span.start, span.length):
+            mixed.append(attend(q[row : row + stop - start], k[:stop], v[:stop]))
+            row += stop - start
+    return join(mixed, q)
+
+
+def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The positions from `start` up to `stop`, cut at every multiple of QUERY_BLOCK."""
+    while start < stop:
+        end = min(start - start % QUERY_BLOCK + QUERY_BLOCK, stop)
+        yield start, end
+        start = end
+
+
+def join(mixed: list[Tensor], q: Float[Tensor, "N H D"]) -> Float[Tensor, "N H D"]:
+    """The pieces in one, with zeros for those rows of `q` that belong to no sequence."""
+    rows = sum(map(len, mixed))
+    if rows < len(q):
+        mixed = [*mixed, torch.zeros_like(q[rows:])]
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 eager: PagedAttend = partial(one_by_one, attention.eager)
-fused: PagedAttend = partial(one_by_one, attention.fused)
+
+
+def fused(
+    q: Float[Tensor, "N H D"],
+    keys: Float[Tensor, "P C K D"],
+    values: Float[Tensor, "P C K D"],
+    batch: Batch,
+) -> Float[Tensor, "N H D"]:
+    """The same by PyTorch's fused kernels.
+
+    Decoding many short sequences is calls, not arithmetic. So for one query each the pool is
+    turned to heads first once, and not each sequence's share of it: the same bits in half the time.
+    """
+    if batch.max_query > 1:
+        return one_by_one(attention.fused, q, keys, values, batch)
+    K, D = keys.shape[-2:]
+    turned = [pool.flatten(0, 1).transpose(0, 1).unsqueeze(0) for pool in (keys, values)]
+    queries = q[: len(batch.spans)].reshape(len(batch.spans), 1, K, -1, D)  # as `_one_query`
+    mixed: list[Tensor] = []
+    for query, where, span in zip(queries.unbind(), batch.reads, batch.spans, strict=True):
+        if isinstance(where, slice):
+            k, v = (pool[:, :, where] for pool in turned)  # (1, K, S, D)
+        else:
+            copies = (read(pool, where, span.length) for pool in (keys, values))
+            k, v = (x.transpose(0, 1).unsqueeze(0) for x in copies)
+        mixed.append(scaled_dot_product_attention(query, k, v).view(1, -1, D))
+    return join(mixed, q)
 
 
 def read(
-    pool: Float[Tensor, "P C K D"], pages: Sequence[int], length: int
+    pool: Float[Tensor, "P C K D"], where: slice | Int[Tensor, " pages"], length: int
 ) -> Float[Tensor, "{length} K D"]:
-    """The first `length` slots of a sequence: a view where its pages lie in a row, else a copy."""
-    used = pages[: -(-length // pool.shape[1])]
-    first, last = used[0], used[-1]
-    if all(page == first + i for i, page in enumerate(used)):
-        return pool[first : last + 1].flatten(0, 1)[:length]
-    return pool[torch.tensor(used, device=pool.device)].flatten(0, 1)[:length]
+    """A sequence's slots: a view where they lie in a row, else a copy."""
+    if isinstance(where, slice):
+        return pool.flatten(0, 1)[where]
+    return pool[where].flatten(0, 1)[:length]
+
+
+def gathered(
+    q: Float[Tensor, "B H D"],
+    keys: Float[Tensor, "P C K D"],
+    values: Float[Tensor, "P C K D"],
+    batch: Batch,
+) -> Float[Tensor, "B H D"]:
+    """Decoding, one query per sequence, all at once: each takes the pages of its whole row of the
+    table and masks what it does not have. More to read, but its shapes do not change from step to
+    step: the form for torch.compile, and for CUDA graphs where no kernel walks the table."""
+    k, v = (pool[batch.page_table].flatten(1, 2) for pool in (keys, values))  # (B, S, K, D)
+    visible = torch.arange(k.shape[1], device=q.device) < batch.lengths.unsqueeze(1)  # (B, S)
+    # Zeros, too, in slots that are not its own: a nan that another left there would get through.
+    k, v = (x.where(visible.view(*visible.shape, 1, 1), 0) for x in (k, v))
+    return attention.fused(q.unsqueeze(1), k, v, visible.unsqueeze(1)).squeeze(1)
 
 
 def flash(
@@ -66,33 +132,39 @@ def flash(
     more, its paged form gives wrong rows (pytorch issues 179760, 194167), and with one a row's
     bits do not depend on the batch. In 2.11 the pages are gathered first.
     """
-    # Imported late: it pulls in torch's compiler, a second that only a GPU earns back.
-    from torch.nn.attention.varlen import varlen_attn
-
+    kernel = _flash_kernel()
     starts: Tensor | None = None
     paging: dict[str, Any] = {}
-    if walks_pages(varlen_attn):
+    if walks_pages(kernel):
         paging = {"block_table": batch.page_table, "seqused_k": batch.lengths}
         paging |= {"num_splits": 1, "enable_gqa": True}
     else:
+        lengths = [span.length for span in batch.spans]
         starts = pad(batch.lengths.cumsum(0, dtype=torch.int32), (1, 0))
         keys, values = (
-            torch.cat([read(pool, span.pages, span.length) for span in batch.spans])
+            torch.cat([read(pool, where, n) for where, n in zip(batch.reads, lengths, strict=True)])
             for pool in (keys, values)
         )
-    mixed = varlen_attn(
+    mixed = kernel(
         q,
         keys,
         values,
         batch.query_starts,
         starts,
-        max(len(span.tokens) for span in batch.spans),
-        max(span.length for span in batch.spans),
+        batch.max_query,
+        batch.max_length,
         window_size=(-1, 0),  # causal, the last query seeing all keys
         **paging,
     )
     assert isinstance(mixed, Tensor)  # a pair only where the log-sum-exp is asked for
     return mixed
+
+
+def _flash_kernel() -> Callable[..., Any]:
+    # Imported late: it pulls in torch's compiler, a second that only a GPU earns back.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 @cache
@@ -101,7 +173,9 @@ def walks_pages(kernel: Callable[..., Any]) -> bool:
     return "block_table" in inspect.signature(kernel).parameters
 
 
-PAGE_SIZE = 256  # slots; flash attention takes pages of this size or a multiple of it
+def fixed_shape(attend: PagedAttend) -> PagedAttend:
+    """What does the same for decoding by tensors alone: to be compiled, or recorded as a graph."""
+    return flash if attend is flash and walks_pages(_flash_kernel()) else gathered
 
 
 def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> PagedAttend:

@@ -94,6 +94,13 @@ def uniform(seed: int, step: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
+def derive_seed(seed: int, i: int) -> int:
+    """A seed for the i-th of several samples; the first is the seed itself."""
+    if i == 0:
+        return seed
+    return int.from_bytes(blake2b(f"{seed} sample {i}".encode(), digest_size=8).digest(), "big")
+
+
 def draw(probabilities: Scores, uniforms: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
     """The token where the running sum passes the uniform's share of the total.
 

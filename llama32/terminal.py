@@ -23,7 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama32.llm import Result, Stream
+from llama32.stream import Result, Stream
 
 BYTES = DownloadColumn(), TransferSpeedColumn()
 TOKENS = MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()

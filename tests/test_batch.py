@@ -18,6 +18,31 @@ def test_lists_of_several_sequences_become_packed_tensors():
     assert batch.page_table.dtype == batch.lengths.dtype == torch.int32
 
 
+def test_rows_beyond_the_sequences_write_to_the_spare_page():
+    spans = [Span([5, 6], 0, [4]), Span([7], 5, [2, 3])]
+    batch = Batch.pack(spans, page_size=4, rows=5, spare=9)
+    assert batch.tokens.tolist() == [5, 6, 7, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 5, 0, 0]
+    assert batch.slots.tolist() == [16, 17, 13, 36, 36]
+    assert batch.last.tolist() == [1, 2]
+    assert batch.query_starts.tolist() == [0, 2, 3]
+    assert batch.page_table.tolist() == [[4, 9], [2, 3]]
+    assert (batch.max_query, batch.max_length) == (2, 6)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="3 tokens do not fit into 2 rows"):
+        Batch.pack([Span([5, 6, 7], 0, [4])], page_size=4, rows=2)
+
+
+def test_a_sequence_is_read_in_place_where_its_pages_are_in_a_row():
+    spans = [Span([1], 6, [2, 3]), Span([1], 6, [3, 2]), Span([1], 2, [3, 2])]
+    in_a_row, scattered, first_page = Batch.pack(spans, page_size=4).reads
+    assert in_a_row == slice(8, 15)
+    assert scattered.tolist() == [3, 2]
+    assert first_page == slice(12, 15)
+
+
 @pytest.mark.parametrize("spans", [[], [Span([1], 0, [0]), Span([], 4, [1])]], ids=len)
 def test_a_step_without_new_tokens_is_refused(spans):
     with pytest.raises(ValueError, match="at least one new token"):

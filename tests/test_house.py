@@ -17,6 +17,13 @@ FLOORS = (
     ("layouts",),
     ("checkpoint", "generate", "train"),
     ("hub",),
+    ("engine.__init__", "engine.pages", "engine.prefix", "engine.settings"),
+    ("engine.request",),
+    ("engine.scheduler",),
+    ("engine.memory", "engine.rows"),
+    ("engine.runner",),
+    ("engine.engine",),
+    ("engine.asynchronous", "progress", "stream"),
     ("llm",),
     ("loading",),
     ("__init__", "info", "terminal"),
@@ -26,7 +33,16 @@ FLOORS = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-NO_TORCH = ("config", "files", "settings", "stopping", "bpe", "tokenizer", "chat")
+PLANS = ("engine.pages", "engine.prefix", "engine.request", "engine.scheduler", "engine.settings")
+NO_TORCH = ("config", "files", "settings", "stopping", "bpe", "tokenizer", "chat", *PLANS)
+
+# Where code that is not ours runs, or a thread ends: what it raises is carried to its owner.
+CARRIES_ERRORS = ("engine.engine", "engine.asynchronous")
+
+
+def name(path: Path) -> str:
+    """As in an import, without the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def parse(path: Path) -> ast.Module:
@@ -46,22 +62,23 @@ def imported(path: Path) -> set[str]:
 
 
 def modules_of_ours(path: Path) -> set[str]:
-    dotted = {name for name in imported(path) if name.split(".")[0] == "llama32"}
-    known = {name.split(".")[1] for name in dotted if name.count(".")}
+    dotted = {full for full in imported(path) if full.split(".")[0] == "llama32"}
+    known = {full.removeprefix("llama32.") for full in dotted}
+    known |= {full.rpartition(".")[0] for full in known}
     return known & FLOOR.keys() | ({"__init__"} if dotted and not known & FLOOR.keys() else set())
 
 
 def test_every_file_has_a_floor():
-    assert {path.stem for path in FILES} == FLOOR.keys()
+    assert {name(path) for path in FILES} == FLOOR.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_only_go_down(path):
     for module in modules_of_ours(path):
-        assert FLOOR[module] < FLOOR[path.stem], f"{path.stem} imports {module}"
+        assert FLOOR[module] < FLOOR[name(path)], f"{name(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_and_functions_stay_small(path):
     lines = path.read_text("utf-8").splitlines()
     assert len(lines) <= 300
@@ -73,19 +90,22 @@ def test_files_and_functions_stay_small(path):
 def test_the_heart_can_be_read_in_one_sitting():
     assert len((PACKAGE / "model.py").read_text().splitlines()) <= 200
     assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 4100
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 5700
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_nothing_forbidden_is_used(path):
     for node in ast.walk(parse(path)):
         assert not isinstance(node, ast.Global | ast.Nonlocal), f"{path}:{node.lineno}: global"
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
-            assert caught not in ("everything", "Exception", "BaseException"), f"{path}: {caught}"
+            allowed = caught == "Exception" and name(path) in CARRIES_ERRORS
+            caught_all = caught in ("everything", "Exception", "BaseException")
+            assert allowed or not caught_all, f"{path}: {caught}"
         if isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
-            assert dotted not in ("torch.compile", "torch.cuda.CUDAGraph", "torch.cuda.graph")
+            if name(path) != "engine.runner":
+                assert dotted not in ("torch.compile", "torch.cuda.CUDAGraph", "torch.cuda.graph")
             assert path.stem == "__main__" or not dotted.startswith(("os.environ", "os.getenv"))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}: {node.func.id}"
@@ -93,11 +113,11 @@ def test_nothing_forbidden_is_used(path):
 
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_what_needs_no_tensors_imports_no_torch(module):
-    names = imported(PACKAGE / f"{module}.py")
+    names = imported(PACKAGE.joinpath(*module.split(".")).with_suffix(".py"))
     assert not {name for name in names if name.split(".")[0] == "torch"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_module_and_public_name_is_explained(path):
     tree = parse(path)
     assert ast.get_docstring(tree), path

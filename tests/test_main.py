@@ -103,7 +103,7 @@ def test_json_is_one_object_that_holds_it_all(folder):
         "text": "bcd",
         "ids": [*b"bcd"],
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "cached_tokens": 0},
     }
     assert {*timings} == {
         "prefill_seconds",
@@ -126,13 +126,13 @@ def test_every_setting_of_sampling_that_fits_a_command_line_is_an_option():
 
 def test_options_reach_the_sampler_and_only_those_that_were_given(folder, monkeypatch):
     heard = []
-    generate = llama32.llm.generate
+    add = llama32.Engine.add
 
-    def listening(model, ids, sampling, **options):
+    def listening(engine, ids, sampling, **options):
         heard.append(sampling)
-        return generate(model, ids, sampling, **options)
+        return add(engine, ids, sampling, **options)
 
-    monkeypatch.setattr("llama32.llm.generate", listening)
+    monkeypatch.setattr(llama32.Engine, "add", listening)
     given = {
         "temperature": 0.5,
         "top_p": 0.9,

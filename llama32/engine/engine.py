@@ -1,0 +1,264 @@
+"""Many requests at once, each as if it were alone.
+
+    engine = Engine.of(model)
+    requests = [engine.add(prompt, Sampling(seed=i)) for i, prompt in enumerate(prompts)]
+    while engine.is_busy:
+        engine.step()
+    print([request.output for request in requests])
+
+Ids in, ids out: text, stop strings and chat are the caller's. Whoever steps moves all requests on,
+and one lock is around it all, so threads may share an engine.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from secrets import randbits
+from threading import RLock
+from typing import Protocol, runtime_checkable
+
+from llama32.config import LlamaConfig
+from llama32.engine.request import Request
+from llama32.engine.runner import Drawn, Runner
+from llama32.engine.scheduler import Scheduler, Step
+from llama32.engine.settings import EngineSettings
+from llama32.generate import Token, check_prompt
+from llama32.model import Llama
+from llama32.settings import Sampling
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """What the engine needs of a runner; tests have one without a model."""
+
+    num_pages: int
+    page_size: int
+    deterministic: bool
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    def run(self, step: Step) -> list[Drawn]: ...
+    def fingerprint(self) -> Hashable: ...
+    def forget(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine has done so far, and what it holds now. Counts are of tokens unless named."""
+
+    steps: int
+    prompt_computed: int  # of the prompts that were read, what went through the model
+    prompt_cached: int  # and what was found in the cache
+    generated: int
+    preemptions: int
+    running: int  # requests
+    waiting: int  # requests
+    pages_held: int
+    pages_idle: int  # remembered, and free to be taken
+    pages: int
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that was found in the cache."""
+        return self.prompt_cached / max(self.prompt_cached + self.prompt_computed, 1)
+
+
+class Engine:
+    """Continuous batching: requests come and go between steps, and share the pages of one cache.
+
+    `deterministic` tells whether tokens and logprobs are bitwise the same in any company.
+    """
+
+    def __init__(self, runner: Runs, settings: EngineSettings | None = None) -> None:
+        settings = settings or EngineSettings()
+        self.scheduler = Scheduler(
+            runner.num_pages,
+            runner.page_size,
+            max_running=settings.max_running,
+            prefill_tokens=settings.prefill_tokens,
+        )
+        self.deterministic = runner.deterministic
+        self._runner: Runs | None = runner
+        self._fingerprint = runner.fingerprint()
+        self._lock = RLock()
+        self._counts = Counter()
+
+    @classmethod
+    def of(cls, model: Llama, settings: EngineSettings | None = None) -> "Engine":
+        """An engine with a cache of its own for this model, where and in the dtype it is."""
+        settings = settings or EngineSettings()
+        return cls(Runner(model, settings), settings)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        eos_ids: Collection[int] = (),
+        on_token: Callable[[Token], object] | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+    ) -> Request:
+        """Queue a request. Steps move it: its `tokens` grow until it has a `finish_reason`.
+
+        `on_token` is told every token as it comes, `on_prefill(done, total)` how far the prompt is
+        read. What they raise ends this request with the reason "error", and touches no other.
+        Raises ValueError at once for what could never run: an empty prompt, ids out of range, more
+        tokens than the context or the whole cache holds.
+        """
+        sampling = sampling or Sampling()
+        with self._lock:
+            config = self._open().config
+            longest = check_prompt(config, prompt, sampling)
+            if (token := max(sampling.logit_bias, default=0)) >= config.vocab_size:
+                raise ValueError(f"logit_bias: token {token}, of {config.vocab_size} in all")
+            request = Request(
+                prompt=list(prompt),
+                longest=longest,
+                sampling=sampling,
+                seed=randbits(64) if sampling.seed is None else sampling.seed,
+                stop_ids=frozenset(sampling.stop_ids).union(() if sampling.ignore_eos else eos_ids),
+                on_token=on_token,
+                on_prefill=on_prefill,
+            )
+            if not self.is_busy:
+                self._notice_changes()
+            self.scheduler.add(request)
+        return request
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to step for."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Request]:
+        """Move all that run by one step; returns those that got a token or ended.
+
+        What the model raises comes out here, and leaves every request as it was before.
+        """
+        with self._lock:
+            runner = self._open()
+            step = self.scheduler.plan()
+            drawn = runner.run(step)
+            self.scheduler.advance(step)
+            self._counts["steps"] += 1
+            for one in drawn:
+                self._keep(one)
+            # Only when all is in order may strangers' code run: it might stop, or abort another.
+            reached = {work.request: work.stop for work in (*step.prefill, *step.decode)}
+            for request, stop in reached.items():
+                if request.on_prefill and len(request.output) <= 1:
+                    self._call(request, request.on_prefill, stop, len(request.prompt))
+            for one in drawn:
+                if one.request.on_token and one.error is None:
+                    self._call(one.request, one.request.on_token, one.request.tokens[-1])
+            return [one.request for one in drawn]
+
+    def wait(self, request: Request, seen: int) -> None:
+        """Step until it has more than `seen` tokens, or its end."""
+        while len(request.tokens) <= seen and request.finish_reason is None:
+            with self._lock:  # while this one waited for it, another may have done the step
+                if len(request.tokens) <= seen and request.finish_reason is None:
+                    self.step()
+
+    def stream(self, request: Request) -> Iterator[Token]:
+        """Its tokens as they come. Leaving early aborts it. Raises what ended it, if something."""
+        seen = 0
+        try:
+            while request.finish_reason is None or seen < len(request.tokens):
+                self.wait(request, seen)
+                for token in request.tokens[seen:]:
+                    seen += 1
+                    yield token
+        finally:
+            self.abort(request)
+        if request.error is not None:
+            raise request.error
+
+    def abort(self, request: Request) -> None:
+        """End it, if it has not ended, and free its pages at once."""
+        with self._lock:
+            if request.finish_reason is None:
+                self._end(request, "abort")
+
+    def fail(self, error: Exception) -> None:
+        """End all with this error: the model has raised it, and may go on to do so."""
+        with self._lock:
+            for request in (*self.scheduler.running, *self.scheduler.waiting):
+                self._end(request, "error", error)
+
+    def close(self) -> None:
+        """Abort all, and let go of the model and of the cache."""
+        with self._lock:
+            for request in (*self.scheduler.running, *self.scheduler.waiting):
+                self._end(request, "abort")
+            self.scheduler.forget_prefixes()
+            self._runner = None
+
+    def forget_prefixes(self) -> None:
+        """Compute every prompt anew: for when the model changed in a way that cannot be seen."""
+        with self._lock:
+            self.scheduler.forget_prefixes()
+
+    @property
+    def stats(self) -> Stats:
+        """As it is now."""
+        with self._lock:
+            pages = self.scheduler.pages
+            return Stats(
+                steps=self._counts["steps"],
+                prompt_computed=self._counts["prompt_computed"],
+                prompt_cached=self._counts["prompt_cached"],
+                generated=self._counts["generated"],
+                preemptions=self.scheduler.num_preemptions,
+                running=len(self.scheduler.running),
+                waiting=len(self.scheduler.waiting),
+                pages_held=pages.num_held,
+                pages_idle=pages.num_available - pages.num_free,
+                pages=len(pages.references),
+            )
+
+    def _open(self) -> Runs:
+        if self._runner is None:
+            raise RuntimeError("the engine is closed")
+        return self._runner
+
+    def _notice_changes(self) -> None:
+        """What an earlier model left in the cache is no prefix of this one's."""
+        runner = self._open()
+        fingerprint = runner.fingerprint()
+        if fingerprint != self._fingerprint:
+            self._fingerprint = fingerprint
+            self.scheduler.forget_prefixes()
+            runner.forget()
+
+    def _keep(self, drawn: Drawn) -> None:
+        """One token more, or the end."""
+        request, id, logprobs, error = drawn
+        if error is not None:
+            self._end(request, "error", error)
+            return
+        request.output.append(id)
+        reason = None
+        if id in request.stop_ids:
+            reason = "stop"
+        elif request.length >= request.longest:
+            reason = "length"
+        request.tokens.append(Token(id, logprobs, reason))
+        self._counts["generated"] += 1
+        if len(request.output) == 1:
+            self._counts["prompt_cached"] += request.num_cached
+            self._counts["prompt_computed"] += len(request.prompt) - request.num_cached
+        if reason is not None:
+            self._end(request, reason)
+
+    def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        self.scheduler.finish(request)
+        request.finish_reason, request.error = reason, error
+
+    def _call(self, request: Request, callback: Callable[..., object], *told: object) -> None:
+        """A user's code: its faults are for the request that brought it."""
+        try:
+            callback(*told)
+        except Exception as error:
+            if request.error is None:
+                self._end(request, "error", error)

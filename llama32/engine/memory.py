@@ -1,0 +1,43 @@
+"""How large the KV cache is to be."""
+
+import torch
+
+from llama32.cache import bytes_per_token
+from llama32.engine.settings import EngineSettings
+from llama32.model import Llama
+from llama32.paged import PAGE_SIZE, QUERY_BLOCK
+
+CPU_BYTES = 4 << 30  # at most, unless asked for more: a context of Llama 3.2 1B
+
+
+def page_size(model: Llama, settings: EngineSettings) -> int:
+    """Slots of a page. Small pages share more of a prompt; a GPU's kernel needs larger ones."""
+    on_gpu = model.norm.weight.device.type == "cuda"
+    return settings.page_size or (PAGE_SIZE if on_gpu else QUERY_BLOCK)
+
+
+def num_pages(model: Llama, settings: EngineSettings) -> int:
+    """Pages of the cache, by the settings or by the memory that is there.
+
+    Never more than `max_running` requests of the whole context can fill. ValueError if there is
+    not room for one page.
+    """
+    size = page_size(model, settings)
+    weight = model.norm.weight
+    per_page = size * bytes_per_token(model.config, weight.dtype)
+    context = -(-model.config.max_position_embeddings // size)
+    if settings.cache_tokens is not None:
+        return -(-settings.cache_tokens // size)
+    if settings.cache_bytes is not None:
+        room = settings.cache_bytes
+    elif weight.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(weight.device)
+        room = int(free * settings.memory_fraction)
+    else:
+        room = CPU_BYTES
+    pages = room // per_page
+    if not pages:
+        raise ValueError(
+            f"the KV cache gets {room:,} bytes, and a page of {size} tokens takes {per_page:,}"
+        )
+    return min(pages, settings.max_running * context)

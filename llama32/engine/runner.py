@@ -1,0 +1,215 @@
+"""A planned step through the model: eagerly, compiled, or as CUDA graphs.
+
+A step is two calls of different shape. Prompts go first and leave nothing but their keys and
+values; all logits come from the second, where every row is the one new token of a sequence. Which
+sequences share a call, and which graph runs it, is no concern of anyone else.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llama32.batch import Batch, Span
+from llama32.cache import PagedCache
+from llama32.config import LlamaConfig
+from llama32.engine import memory
+from llama32.engine.request import Request
+from llama32.engine.rows import rows_of
+from llama32.engine.scheduler import Step, Work
+from llama32.engine.settings import EngineSettings
+from llama32.model import Llama
+from llama32.paged import QUERY_BLOCK, fixed_shape
+from llama32.sampling import TokenLogprobs, choose
+
+# Those of a batch that a kernel reads, to be copied into a graph's buffers.
+TENSORS = "tokens", "positions", "slots", "last", "query_starts", "lengths", "page_table"
+
+
+class Drawn(NamedTuple):
+    """What came of a request in one step: its next token, or why there is none."""
+
+    request: Request
+    id: int
+    logprobs: TokenLogprobs | None
+    error: FloatingPointError | None = None
+
+
+class Runner:
+    """Runs steps of one model over one paged cache, whose pages the scheduler hands out."""
+
+    def __init__(self, model: Llama, settings: EngineSettings) -> None:
+        self.model = model
+        self.page_size = memory.page_size(model, settings)
+        self.num_pages = memory.num_pages(model, settings)
+        weight = model.norm.weight
+        self._device = weight.device
+        self.cache = PagedCache(
+            model.config,
+            self.num_pages + 1,
+            self.page_size,
+            dtype=weight.dtype,
+            device=self._device,
+        )
+        self._spare = self.num_pages  # a page that nobody is given: rows of no sequence write there
+        on_gpu = self._device.type == "cuda"
+        has_graphs = on_gpu if settings.cuda_graphs is None else settings.cuda_graphs
+        if has_graphs and not on_gpu:
+            raise ValueError(f"cuda_graphs: the model is on {self._device}, and they need CUDA")
+        self._model: Callable[..., Tensor] = model
+        self._graphs: dict[tuple[int, int], Graph] | None = {} if has_graphs else None
+        self._is_static = has_graphs or settings.compiled
+        if settings.compiled:
+            self._model = torch.compile(model, fullgraph=True)
+        sizes = graph_rows(settings.max_running) if self._is_static else None
+        self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
+            model, settings.deterministic, sizes
+        )
+
+    @property
+    def config(self) -> LlamaConfig:
+        """What the model says of itself."""
+        return self.model.config
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[Drawn]:
+        """One step; the next token of each request whose last known token was in it."""
+        for spans, rows in self.prompt_rows.calls([to_span(work) for work in step.prefill]):
+            self._read_prompts(spans, rows)
+        spans = [to_span(work) for work in step.decode]
+        singles = [
+            Span([token], span.start + i, span.pages)
+            for span in spans
+            for i, token in enumerate(span.tokens)
+        ]
+        parts = [self._decode(*call) for call in self.decode_rows.calls(singles)]
+        if not parts:
+            return []
+        logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        ends = accumulate(len(span.tokens) for span in spans)
+        asking = {
+            work.request: end - 1
+            for work, end in zip(step.decode, ends, strict=True)
+            if work.stop == work.request.length
+        }
+        return draw(logits[list(asking.values())], list(asking))
+
+    def forget(self) -> None:
+        """The model has changed: graphs hold the tensors that it had."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def fingerprint(self) -> Hashable:
+        """Differs when weights were changed in place, or parts or hooks put in or taken out.
+
+        Only a change through `Tensor.data` goes unseen.
+        """
+        modules = [
+            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in self.model.modules()
+        ]
+        weights = (
+            (id(x), x.data_ptr(), None if x.is_inference() else x._version)
+            for x in self.model.parameters()
+        )
+        return (*modules, *weights)
+
+    def _read_prompts(self, spans: Sequence[Span], rows: int) -> None:
+        batch = Batch.pack(spans, self.page_size, self._device, rows=rows, spare=self._spare)
+        # With one query flash attention takes another way, and whether it does must not depend on
+        # the company.
+        batch = replace(batch, max_query=max(batch.max_query, QUERY_BLOCK))
+        attends = self.cache.attends(batch)
+        self.model(batch.tokens, batch.positions, attends, rows=slice(0))  # no logits
+
+    def _decode(self, spans: Sequence[Span], rows: int) -> Float[Tensor, "B V"]:
+        """Logits after spans of one token each."""
+        if not self._is_static:
+            batch = Batch.pack(spans, self.page_size, self._device, rows=rows, spare=self._spare)
+            logits = self._model(batch.tokens, batch.positions, self.cache.attends(batch))
+            return logits[: len(spans)]
+        batch = self._padded(spans, rows)
+        if self._graphs is None:
+            torch._dynamo.mark_dynamic(batch.page_table, 1)
+            return self._forward(batch)[: len(spans)]
+        shape = rows, batch.page_table.shape[1]
+        if shape not in self._graphs:
+            self._graphs[shape] = Graph(self._forward, batch)
+        return self._graphs[shape].replay(batch)[: len(spans)]
+
+    def _forward(self, batch: Batch) -> Float[Tensor, "N V"]:
+        """Decoding by nothing but tensors whose shapes are those of the batch."""
+        attend = fixed_shape(self.cache.attend)
+        attends = [replace(layer, attend=attend) for layer in self.cache.attends(batch)]
+        return self._model(batch.tokens, batch.positions, attends)
+
+    def _padded(self, spans: Sequence[Span], rows: int) -> Batch:
+        """Padded with sequences of one token, and tables to a power of two."""
+        blank = Span([0], 0, [self._spare])
+        spans = [*spans, *[blank] * (rows - len(spans))]
+        batch = Batch.pack(spans, self.page_size, self._device, spare=self._spare)
+        width = batch.page_table.shape[1]
+        wide = max(2, 1 << (width - 1).bit_length())
+        table = pad(batch.page_table, (0, wide - width), value=self._spare)
+        return replace(batch, page_table=table, max_length=wide * self.page_size)
+
+
+class Graph:
+    """One decode shape as a CUDA graph: contents go into its buffers, then it is replayed."""
+
+    def __init__(self, forward: Callable[[Batch], Tensor], batch: Batch) -> None:
+        self._buffers = replace(
+            batch, **{name: getattr(batch, name).clone() for name in TENSORS}, spans=()
+        )
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up before anything is recorded
+            forward(self._buffers)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = forward(self._buffers)
+
+    def replay(self, batch: Batch) -> Float[Tensor, "N V"]:
+        """The logits; they stay valid until the next replay."""
+        for name in TENSORS:
+            getattr(self._buffers, name).copy_(getattr(batch, name), non_blocking=True)
+        self._graph.replay()
+        return self._logits
+
+
+def graph_rows(max_running: int) -> list[int]:
+    """The decode shapes worth a graph: few, made when they are first needed."""
+    return [rows for rows in (1, 8, 64) if rows < max_running] + [max_running]
+
+
+def to_span(work: Work) -> Span:
+    """What is to be computed of a request, as the model's side knows it."""
+    request, start, stop = work
+    return Span(request.ids(start, stop), start, request.pages)
+
+
+def draw(logits: Float[Tensor, "B V"], requests: Sequence[Request]) -> list[Drawn]:
+    """Each request's next token. A row that is not finite is an error of its request alone."""
+    if not requests:
+        return []
+    try:
+        chosen = choose(
+            logits,
+            [request.sampling for request in requests],
+            [request.prompt for request in requests],
+            [request.output for request in requests],
+            [request.seed for request in requests],
+        )
+    except FloatingPointError as error:
+        if len(requests) == 1:
+            return [Drawn(requests[0], -1, None, error)]
+        alone = (draw(logits[i : i + 1], [request]) for i, request in enumerate(requests))
+        return list(chain.from_iterable(alone))
+    found = zip(requests, chosen.ids.tolist(), chosen.logprobs, strict=True)
+    return [Drawn(*of_request) for of_request in found]

@@ -1,0 +1,129 @@
+"""Text while it is made: the tokens of a request, decoded, up to a stop string."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llama32.engine.engine import Engine
+from llama32.engine.request import Request
+from llama32.generate import Token
+from llama32.sampling import TokenLogprobs
+from llama32.stopping import StopStrings
+from llama32.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: they were in the cache already
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one prompt."""
+
+    text: str  # without the stop string or control token that ended it
+    ids: list[int]  # all that was generated, the stop id included
+    finish_reason: str  # "stop", "length", or "abort" where the listener left
+    usage: Usage
+    logprobs: list[TokenLogprobs] | None = None  # one per id, where `Sampling.logprobs` asked
+    message: dict[str, Any] | None = None  # of a chat: {"role", "content", "tool_calls"}
+
+
+class Stream(Iterator[str]):
+    """Iterate for the pieces; afterwards `result` holds the whole.
+
+    It begins to move when someone asks for a piece, of this stream or of another of its engine.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        read_message: Callable[[list[int]], dict[str, Any]] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._read_message = read_message
+        self._stops = StopStrings(request.sampling.stop)
+        self._decoder = tokenizer.stream() if tokenizer else None
+        self._seen: list[Token] = []
+        self._text = ""
+        self._reason: str | None = None
+
+    def __next__(self) -> str:
+        while not self.has_ended:
+            self._engine.wait(self._request, len(self._seen))
+            if piece := self.catch_up():
+                return piece
+        if self._request.error is not None:
+            raise self._request.error
+        raise StopIteration
+
+    def __del__(self) -> None:
+        """Nobody is going to listen any more."""
+        self._engine.abort(self._request)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to come."""
+        return self._reason is not None
+
+    def catch_up(self) -> str:
+        """The text of what was generated since the last time; nothing is waited for."""
+        text = ""
+        for token in self._request.tokens[len(self._seen) :]:
+            text += self._push(token)
+            if self.has_ended:
+                break
+        if not self.has_ended and len(self._seen) == len(self._request.tokens):
+            self._reason = self._request.finish_reason  # "abort" or "error": no token says so
+        self._text += text
+        return text
+
+    def run(self) -> Result:
+        """Wait for the whole."""
+        for _ in self:
+            pass
+        return self.result
+
+    def close(self) -> None:
+        """Abort it, if it has not ended."""
+        self._engine.abort(self._request)
+        self._reason = self._reason or "abort"
+
+    @property
+    def result(self) -> Result:
+        """The whole, or after a Ctrl-C what there is of it. Asking ends one that still runs."""
+        self.close()
+        ids = [token.id for token in self._seen]
+        logprobs = [token.logprobs for token in self._seen if token.logprobs is not None]
+        message = self._read_message(ids) if self._read_message else None
+        if message and self._stops.hit and not message["tool_calls"]:
+            message["content"] = self._text
+        return Result(
+            text=self._text,
+            ids=ids,
+            finish_reason=self._reason or "abort",
+            usage=Usage(len(self._request.prompt), len(ids), self._request.num_cached),
+            logprobs=logprobs or None,
+            message=message,
+        )
+
+    def _push(self, token: Token) -> str:
+        """One token more; a stop string ends the request."""
+        self._seen.append(token)
+        reason, piece = token.finish_reason, ""
+        if self._decoder and reason != "stop":
+            piece = self._stops.push(self._decoder.push(token.id))
+        if self._decoder and reason:
+            piece += self._stops.push(self._decoder.flush()) + self._stops.flush()
+        if self._stops.hit:
+            reason = "stop"
+            self._engine.abort(self._request)
+        self._reason = reason
+        return piece
