@@ -6,13 +6,14 @@ where the first become the second.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Span(NamedTuple):
@@ -26,6 +27,15 @@ class Span(NamedTuple):
     def length(self) -> int:
         """Tokens in context when this step is done."""
         return self.start + len(self.tokens)
+
+
+class PageRows(NamedTuple):
+    """Every page of every sequence as a sequence of its own, which holds one query: for kernels
+    that take no page table. W pages each, as the page table is wide."""
+
+    queries: Int32[Tensor, " BW1"]  # 0, 1, 2, ...
+    starts: Int32[Tensor, " BW1"]  # first slot of each page, then one more that is not read
+    used: Int32[Tensor, "B W"]  # slots of it that hold tokens of the sequence
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,11 @@ class Batch:
             page_size=page_size,
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows that belong to sequences; those behind them belong to nobody."""
+        return sum(len(span.tokens) for span in self.spans)
+
     @cached_property
     def reads(self) -> list[slice | Int[Tensor, " pages"]]:
         """Where each sequence's keys and values are: slots in a row, which can be read in place,
@@ -106,3 +121,30 @@ class Batch:
             start = used[0] * self.page_size
             return slice(start, start + span.length)
         return torch.tensor(used, device=self.tokens.device)
+
+    @cached_property
+    def is_in_place(self) -> bool:
+        """Whether all sequences can be read without a copy."""
+        return all(isinstance(where, slice) for where in self.reads)
+
+    @cached_property
+    def key_starts(self) -> Int32[Tensor, " B1"]:
+        """The first slot of each sequence, if all can be read in place; if not, its first row in
+        what `reads` gives one after another. And one more, which is the end of the latter."""
+        if self.is_in_place:
+            starts = [where.start for where in self.reads if isinstance(where, slice)] + [0]
+        else:
+            starts = [0, *accumulate(span.length for span in self.spans)]
+        return torch.tensor(starts, dtype=torch.int32).to(self.tokens.device, non_blocking=True)
+
+    @cached_property
+    def page_rows(self) -> PageRows:
+        """Made of tensors alone, so that this can be part of a graph."""
+        B, W = self.page_table.shape
+        count = partial(torch.arange, dtype=torch.int32, device=self.page_table.device)
+        used = self.lengths.unsqueeze(1) - count(W) * self.page_size
+        return PageRows(
+            queries=count(B * W + 1),
+            starts=pad(self.page_table.flatten() * self.page_size, (0, 1)),
+            used=used.clamp(0, self.page_size),
+        )

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from llama32.batch import Batch
 from llama32.config import LlamaConfig
-from llama32.paged import PAGE_SIZE, PagedAttend, fastest
+from llama32.flash import LONGEST_PAGE, fastest
+from llama32.paged import PagedAttend
+
+PAGE_SIZE = LONGEST_PAGE  # slots
 
 
 class PagedCache:

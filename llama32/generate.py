@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama32.batch import Batch, Span
-from llama32.cache import PagedCache
+from llama32.cache import PAGE_SIZE, PagedCache
 from llama32.config import LlamaConfig
 from llama32.model import Llama
-from llama32.paged import PAGE_SIZE
 from llama32.sampling import TokenLogprobs, choose
 from llama32.settings import Sampling
 

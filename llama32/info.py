@@ -9,7 +9,9 @@ import torch
 from rich.filesize import decimal
 from rich.table import Table
 
-from llama32 import checkpoint, paged
+from llama32 import checkpoint
+from llama32.cache import PAGE_SIZE
+from llama32.flash import fastest, flash
 from llama32.loading import assemble
 from llama32.model import Llama
 from llama32.settings import Sampling
@@ -31,7 +33,7 @@ def describe(
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # k and v
     context = context or config.max_position_embeddings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attend = paged.fastest(device, torch.bfloat16, config.head_dim, paged.PAGE_SIZE)
+    attend = fastest(device, torch.bfloat16, config.head_dim, PAGE_SIZE)
     texts = {id: text for text, id in llm.tokenizer.special.items()} if llm.tokenizer else {}
     return {
         "found": str(found),
@@ -43,7 +45,7 @@ def describe(
         "chat_format": llm.chat_format and llm.chat_format.render.__name__,
         "eos": {id: texts.get(id) for id in llm.eos_ids},
         "sampling": asdict(llm.defaults),
-        "attention": {"device": str(device), "form": "flash" if attend is paged.flash else "fused"},
+        "attention": {"device": str(device), "form": "flash" if attend is flash else "fused"},
     }
 
 

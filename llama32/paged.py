@@ -2,19 +2,17 @@
 
 Each form takes the queries of a `Batch`, the pages `(P, C, K, D)` of one layer, into which the new
 keys and values are already written, and the batch. `eager` and `fused` take one sequence at a
-time: what they do is plain to see, and a sequence's result cannot depend on its neighbours.
-`flash` hands the page table to the kernel inside PyTorch.
+time: what they do is plain to see, and a sequence's result cannot depend on its neighbours. The
+form for a GPU is in `flash.py`.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from llama32 import attention
 from llama32.attention import Attend
@@ -23,7 +21,6 @@ from llama32.batch import Batch
 PagedAttend = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
 
 QUERY_BLOCK = 64  # costs nothing measurable against whole prompts, up to long ones in bf16
-PAGE_SIZE = 256  # slots; flash attention takes pages of this size or a multiple of it
 
 
 def one_by_one(
@@ -118,75 +115,3 @@ def gathered(
     # Zeros, too, in slots that are not its own: a nan that another left there would get through.
     k, v = (x.where(visible.view(*visible.shape, 1, 1), 0) for x in (k, v))
     return attention.fused(q.unsqueeze(1), k, v, visible.unsqueeze(1)).squeeze(1)
-
-
-def flash(
-    q: Float[Tensor, "N H D"],
-    keys: Float[Tensor, "P C K D"],
-    values: Float[Tensor, "P C K D"],
-    batch: Batch,
-) -> Float[Tensor, "N H D"]:
-    """Flash attention over all sequences at once; not yet run on a GPU.
-
-    From torch 2.12 the kernel walks the page table. `num_splits=1` is no matter of taste: with
-    more, its paged form gives wrong rows (pytorch issues 179760, 194167), and with one a row's
-    bits do not depend on the batch. In 2.11 the pages are gathered first.
-    """
-    kernel = _flash_kernel()
-    starts: Tensor | None = None
-    paging: dict[str, Any] = {}
-    if walks_pages(kernel):
-        paging = {"block_table": batch.page_table, "seqused_k": batch.lengths}
-        paging |= {"num_splits": 1, "enable_gqa": True}
-    else:
-        lengths = [span.length for span in batch.spans]
-        starts = pad(batch.lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        keys, values = (
-            torch.cat([read(pool, where, n) for where, n in zip(batch.reads, lengths, strict=True)])
-            for pool in (keys, values)
-        )
-    mixed = kernel(
-        q,
-        keys,
-        values,
-        batch.query_starts,
-        starts,
-        batch.max_query,
-        batch.max_length,
-        window_size=(-1, 0),  # causal, the last query seeing all keys
-        **paging,
-    )
-    assert isinstance(mixed, Tensor)  # a pair only where the log-sum-exp is asked for
-    return mixed
-
-
-def _flash_kernel() -> Callable[..., Any]:
-    # Imported late: it pulls in torch's compiler, a second that only a GPU earns back.
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
-
-
-@cache
-def walks_pages(kernel: Callable[..., Any]) -> bool:
-    """Whether this torch's flash attention takes a page table: from 2.12 on."""
-    return "block_table" in inspect.signature(kernel).parameters
-
-
-def fixed_shape(attend: PagedAttend) -> PagedAttend:
-    """What does the same for decoding by tensors alone: to be compiled, or recorded as a graph."""
-    return flash if attend is flash and walks_pages(_flash_kernel()) else gathered
-
-
-def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> PagedAttend:
-    """The fastest form that this device, dtype and shape allow: chosen once, before a run."""
-    can_flash = (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and page_size % PAGE_SIZE == 0
-    )
-    return flash if can_flash else fused

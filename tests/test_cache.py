@@ -160,9 +160,7 @@ def test_a_cache_beyond_all_memory_is_refused_with_its_size():
         make_cache(num_pages=10**15)
 
 
-def test_on_a_cpu_the_fastest_form_is_the_fused_one():
-    cpu = torch.device("cpu")
-    assert paged.fastest(cpu, torch.bfloat16, 64, 256) is paged.fused
+def test_pages_are_read_in_the_fastest_form_unless_another_is_given():
     assert make_cache().attend is paged.fused
     assert make_cache(attend=paged.eager).attend is paged.eager
 

@@ -13,7 +13,8 @@ FLOORS = (
     ("files", "bpe", "settings"),
     ("config", "attention", "batch", "tokenizer", "sampling", "stopping"),
     ("rope", "paged", "chat"),
-    ("cache", "model"),
+    ("flash", "model"),
+    ("cache",),
     ("layouts",),
     ("checkpoint", "generate", "train"),
     ("hub",),
@@ -90,7 +91,7 @@ def test_files_and_functions_stay_small(path):
 def test_the_heart_can_be_read_in_one_sitting():
     assert len((PACKAGE / "model.py").read_text().splitlines()) <= 200
     assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 5700
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 5800
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

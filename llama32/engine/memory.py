@@ -2,16 +2,16 @@
 
 import torch
 
-from llama32.cache import bytes_per_token
+from llama32.cache import PAGE_SIZE, bytes_per_token
 from llama32.engine.settings import EngineSettings
 from llama32.model import Llama
-from llama32.paged import PAGE_SIZE, QUERY_BLOCK
+from llama32.paged import QUERY_BLOCK
 
 CPU_BYTES = 4 << 30  # at most, unless asked for more: a context of Llama 3.2 1B
 
 
 def page_size(model: Llama, settings: EngineSettings) -> int:
-    """Slots of a page. Small pages share more of a prompt; a GPU's kernel needs larger ones."""
+    """Slots of a page. Small pages share more of a prompt; on a GPU larger ones cost less."""
     on_gpu = model.norm.weight.device.type == "cuda"
     return settings.page_size or (PAGE_SIZE if on_gpu else QUERY_BLOCK)
 

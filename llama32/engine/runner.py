@@ -23,8 +23,9 @@ from llama32.engine.request import Request
 from llama32.engine.rows import rows_of
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
+from llama32.flash import fixed_shape
 from llama32.model import Llama
-from llama32.paged import QUERY_BLOCK, fixed_shape
+from llama32.paged import QUERY_BLOCK
 from llama32.sampling import TokenLogprobs, choose
 
 # Those of a batch that a kernel reads, to be copied into a graph's buffers.
@@ -144,6 +145,7 @@ class Runner:
 
     def _forward(self, batch: Batch) -> Float[Tensor, "N V"]:
         """Decoding by nothing but tensors whose shapes are those of the batch."""
+        batch = replace(batch)  # without what was derived of it before: a graph must do that anew
         attend = fixed_shape(self.cache.attend)
         attends = [replace(layer, attend=attend) for layer in self.cache.attends(batch)]
         return self._model(batch.tokens, batch.positions, attends)
@@ -176,11 +178,11 @@ class Graph:
             self._logits = forward(self._buffers)
 
     def replay(self, batch: Batch) -> Float[Tensor, "N V"]:
-        """The logits; they stay valid until the next replay."""
+        """The logits after each row."""
         for name in TENSORS:
             getattr(self._buffers, name).copy_(getattr(batch, name), non_blocking=True)
         self._graph.replay()
-        return self._logits
+        return self._logits.clone()  # the next replay writes into the same
 
 
 def graph_rows(max_running: int) -> list[int]:

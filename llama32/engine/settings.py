@@ -20,7 +20,7 @@ class EngineSettings:
     cache_tokens: int | None = None
     cache_bytes: int | None = None
     memory_fraction: float = 0.9
-    page_size: int | None = None  # slots; None: 64, and 256 on a GPU, as flash attention wants
+    page_size: int | None = None  # slots; None: 64, and 128 on a GPU
     deterministic: bool | None = None
     compiled: bool = False  # decoding through torch.compile
     cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from llama32 import paged
 from llama32.attention import eager, fused
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
+from llama32.flash import fastest, flash
 from llama32.generate import generate
 from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
@@ -25,23 +25,53 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=draw, device="cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("walks_pages", [True, False], ids=["page table", "gathered"])
-@pytest.mark.parametrize("D", [64, 128])
-def test_flash_over_pages_equals_eager(monkeypatch, walks_pages, D):
-    if walks_pages and not paged.walks_pages(varlen_attn):
-        pytest.skip("this torch has no block_table")
-    monkeypatch.setattr(paged, "walks_pages", lambda kernel: walks_pages)
-    spans = [
-        Span([1] * 300, 0, [5, 2]),  # a prompt
-        Span([1] * 64, 700, [1, 6, 3]),  # a chunk of one
-        Span([1], 511, [0, 7]),  # decoding, at the last slot of a page
-        Span([1], 0, [4]),
-    ]
-    batch = Batch.pack(spans, 256, "cuda")
-    q = random(len(batch.tokens), 24, D, seed=0)
-    keys, values = random(8, 256, 8, D, seed=1), random(8, 256, 8, D, seed=2)
+PROMPTS = [
+    Span([1] * 300, 0, [5, 2, 9]),
+    Span([1] * 64, 700, [1, 6, 3, 8, 4, 15]),
+    Span([1], 0, [7]),
+]
+IN_A_ROW = [Span([1] * 300, 0, [5, 6, 7]), Span([1] * 64, 250, [1, 2, 3])]
+DECODING = [Span([1], 127, [0]), Span([1], 700, [1, 6, 3, 8, 4, 15]), Span([1], 0, [7])]
+
+
+@pytest.mark.parametrize("spans", [PROMPTS, IN_A_ROW, DECODING], ids=["prompts", "row", "decoding"])
+@pytest.mark.parametrize(("H", "D"), [(32, 64), (24, 128), (8, 64)])
+def test_flash_over_pages_equals_eager(spans, H, D):
+    batch = Batch.pack(spans, 128, "cuda")
+    q = random(len(batch.tokens), H, D, seed=0)
+    keys, values = random(16, 128, 8, D, seed=1), random(16, 128, 8, D, seed=2)
     expected = paged.eager(q, keys, values, batch)
-    close(paged.flash(q, keys, values, batch), expected)
+    close(flash(q, keys, values, batch), expected)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_decoding_by_pages_has_the_same_bits_in_any_company(D):
+    q = random(64, 24, D, seed=0)
+    keys, values = random(300, 128, 8, D, seed=1), random(300, 128, 8, D, seed=2)
+    span = Span([1], 700, [1, 6, 3, 8, 4, 15])
+    alone = flash(q[:1], keys, values, Batch.pack([span], 128, "cuda"))
+    for n in (2, 8, 64):
+        others = [
+            Span([1], 128 * (i % 4 + 1) - 1, [*range(4 * i, 4 * i + i % 4 + 1)])
+            for i in range(1, n)
+        ]
+        batch = Batch.pack([span, *others], 128, "cuda")
+        assert torch.equal(flash(q[:n], keys, values, batch)[:1], alone)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_prompt_s_attention_has_the_same_bits_however_it_is_cut(D):
+    q = random(400, 24, D, seed=0)
+    keys, values = random(4, 128, 8, D, seed=1), random(4, 128, 8, D, seed=2)
+    pages = [0, 1, 2, 3]
+    whole = flash(q, keys, values, Batch.pack([Span([1] * 400, 0, pages)], 128, "cuda"))
+    for cut in (64, 192, 320):
+        parts = [Span([1] * cut, 0, pages), Span([1] * (400 - cut), cut, pages)]
+        mixed = [
+            flash(q[part.start : part.length], keys, values, Batch.pack([part], 128, "cuda"))
+            for part in parts
+        ]
+        assert torch.equal(torch.cat(mixed), whole)
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 900), (64, 900), (300, 300)])
@@ -52,9 +82,9 @@ def test_fused_equals_eager_on_cuda(T, S):
 
 def test_the_fastest_form_on_a_recent_gpu_is_flash():
     device = torch.device("cuda")
-    assert paged.fastest(device, torch.bfloat16, 64, 256) is paged.flash
-    assert paged.fastest(device, torch.float32, 64, 256) is paged.fused
-    assert paged.fastest(device, torch.bfloat16, 64, 16) is paged.fused
+    assert fastest(device, torch.bfloat16, 64, 128) is flash
+    assert fastest(device, torch.float32, 64, 128) is paged.fused
+    assert fastest(device, torch.bfloat16, 64, 256) is paged.fused
 
 
 def test_generation_on_cuda_gives_the_tokens_of_the_cpu_in_fp32():
@@ -72,9 +102,9 @@ def test_a_bf16_model_generates_through_flash_as_through_eager():
     model = random_model(tiny_config(head_dim=64, vocab_size=100), dtype=torch.bfloat16).cuda()
     tokens = torch.randint(100, (700,)).tolist()
     logits = []
-    for attend in (paged.flash, paged.eager):
-        cache = PagedCache(model.config, 4, dtype=torch.bfloat16, device="cuda", attend=attend)
-        batch = Batch.pack([Span(tokens, 0, [0, 1, 2])], cache.page_size, "cuda")
+    for attend in (flash, paged.eager):
+        cache = PagedCache(model.config, 6, dtype=torch.bfloat16, device="cuda", attend=attend)
+        batch = Batch.pack([Span(tokens, 0, [0, 1, 2, 3, 4, 5])], cache.page_size, "cuda")
         with torch.no_grad():
             logits.append(model(batch.tokens, batch.positions, cache.attends(batch)).float())
     torch.testing.assert_close(*logits, atol=0.25, rtol=0.05)

@@ -1,0 +1,238 @@
+"""Anything in any order, over far too few pages and with prompts that are mostly alike.
+
+The model is a function of all tokens so far. What it writes to a slot of a page is the very list
+of them, so that a row which reads a slot can tell whose it is.
+"""
+
+from collections import Counter
+from itertools import count
+from zlib import crc32
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from llama32.engine.prefix import PageKey
+from llama32.engine.request import Request
+from llama32.engine.scheduler import Scheduler, Step
+
+PAGE = 4
+TOKENS = st.lists(st.integers(0, 1), max_size=9).map(tuple)
+BEGINNINGS = st.sampled_from([(), (0,) * 8, (0,) * 14, (0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1)])
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    return crc32(bytes(tokens)) % 3
+
+
+def alone(request: Request) -> list[int]:
+    """The answer without a scheduler, as far as the request has come."""
+    tokens = tuple(request.prompt)
+    for _ in request.output:
+        tokens += (next_token(tokens),)
+    return [*tokens[len(request.prompt) :]]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    num_digests: int | None = None  # so few that different pages have the same
+
+    @initialize(
+        num_pages=st.integers(6, 20),
+        block=st.sampled_from([2, 4]),
+        more=st.integers(0, 16),
+        max_running=st.integers(1, 6),
+    )
+    def start(self, num_pages: int, block: int, more: int, max_running: int) -> None:
+        self.scheduler = Scheduler(
+            num_pages, PAGE, max_running=max_running, prefill_tokens=block + more, block=block
+        )
+        self.block = block
+        self.arrivals = count()
+        self.arrival: dict[Request, int] = {}
+        self.model = 0  # which one: they forget when it changes
+        self.written: dict[tuple[int, int], tuple[int, tuple[int, ...]] | None] = {}
+
+    @property
+    def alive(self) -> list[Request]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    def slot(self, request: Request, position: int) -> tuple[int, int]:
+        return request.pages[position // PAGE], position % PAGE
+
+    @rule(beginning=BEGINNINGS, end=TOKENS, new=st.integers(1, 24))
+    def add(self, beginning: tuple[int, ...], end: tuple[int, ...], new: int) -> None:
+        prompt = [*beginning, *end] or [2]
+        request = Request(prompt=prompt, longest=len(prompt) + new)
+        if request.longest > PAGE * len(self.scheduler.pages.references):
+            with pytest.raises(ValueError, match=f"{request.longest} tokens"):
+                self.scheduler.add(request)
+            return
+        self.scheduler.add(request)
+        self.arrival[request] = next(self.arrivals)
+        if self.num_digests:
+            request.keys = [
+                PageKey(key.digest % self.num_digests, key.tokens) for key in request.keys
+            ]
+
+    @rule(times=st.integers(1, 8))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.run(self.plan())
+
+    @precondition(lambda self: self.alive)
+    @rule(half=st.booleans())
+    def fail(self, half: bool) -> None:
+        """The step breaks off; a part of it may have been written, and not even rightly."""
+        step = self.plan()
+        for work in (*step.prefill, *step.decode)[half:]:
+            for position in range(work.start, work.stop):
+                self.written[self.slot(work.request, position)] = None
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.alive))
+        self.scheduler.finish(request)
+        assert request.pages == []
+        assert request not in self.alive
+
+    @rule()
+    def change_the_model(self) -> None:
+        self.scheduler.forget_prefixes()
+        self.model += 1
+
+    def plan(self) -> Step:
+        old = set(self.scheduler.running)
+        step = self.scheduler.plan()
+        assert self.scheduler.plan() == step
+        for request in self.scheduler.running:
+            if request not in old:
+                self.check_start(request)
+        assert self.scheduler.running or not self.scheduler.waiting
+        self.check_budget(step)
+        return step
+
+    def check_start(self, request: Request) -> None:
+        """What it found in the cache is its own prompt, read by the present model."""
+        for position in range(request.num_computed):
+            expected = self.model, tuple(request.prompt[: position + 1])
+            assert self.written[self.slot(request, position)] == expected
+
+    def check_budget(self, step: Step) -> None:
+        rows = sum(work.stop - work.start - 1 for work in step.decode)
+        prompts = sum(work.stop - work.start for work in step.prefill)
+        assert rows + prompts <= self.scheduler.prefill_tokens
+        reached = {request: request.num_computed for request in self.scheduler.running}
+        for request, start, stop in step.prefill:
+            assert start == reached[request] < stop <= request.num_prefill
+            assert stop % self.block == 0 or stop == request.num_prefill
+            reached[request] = stop
+        read = [r for r in self.scheduler.running if reached[r] >= r.num_prefill]
+        assert [work.request for work in step.decode] == read
+        for request, start, stop in step.decode:
+            assert start == reached[request] < stop <= request.length
+
+    def run(self, step: Step) -> None:
+        works = (*step.prefill, *step.decode)
+        for request, start, stop in works:
+            tokens = (*request.prompt, *request.output)
+            for position in range(start, stop):
+                slot = self.slot(request, position)
+                assert self.scheduler.pages.references[slot[0]] == 1
+                assert slot[0] not in self.scheduler.prefixes
+                self.written[slot] = self.model, tokens[: position + 1]
+        for request, _, stop in works:
+            tokens = (*request.prompt, *request.output)
+            for position in range(stop):
+                slot = self.written[self.slot(request, position)]
+                assert slot is not None
+                assert slot[1] == tokens[: position + 1]
+        self.scheduler.advance(step)
+        for request, _, stop in step.decode:
+            if stop == request.length:
+                request.output.append(next_token((*request.prompt, *request.output)))
+                if request.length == request.longest:
+                    self.scheduler.finish(request)
+                    assert request.output == alone(request)
+
+    @invariant()
+    def every_page_is_accounted_for(self) -> None:
+        pages = self.scheduler.pages
+        held = Counter(page for request in self.alive for page in request.pages)
+        assert pages.references == [held[page] for page in range(len(pages.references))]
+        idle = {page for page in range(len(pages.references)) if pages.is_idle(page)}
+        assert not idle & held.keys()
+        assert pages.num_held == len(held)
+        assert pages.num_available == pages.num_free + len(idle)
+        assert pages.num_free + len(idle) + len(held) == len(pages.references)
+        for request in self.alive:
+            assert len(set(request.pages)) == len(request.pages)
+
+    @invariant()
+    def what_is_remembered_is_there_and_can_be_found(self) -> None:
+        pages, prefixes = self.scheduler.pages, self.scheduler.prefixes
+        by_page = prefixes._by_page
+        assert {entry.page for entry in prefixes._by_digest.values()} == by_page.keys()
+        for page, entry in by_page.items():
+            assert pages.references[page] or pages.is_idle(page)
+            tokens: tuple[int, ...] = ()
+            ancestor = entry
+            while ancestor:
+                assert by_page.get(ancestor.page) is ancestor
+                tokens = ancestor.key.tokens + tokens
+                ancestor = ancestor.parent
+            for i in range(PAGE):
+                expected = self.model, tokens[: len(tokens) - PAGE + i + 1]
+                assert self.written[page, i] == expected
+        for page in range(len(pages.references)):
+            assert page in by_page or not pages.is_idle(page)
+
+    @invariant()
+    def the_queue_is_in_order(self) -> None:
+        scheduler = self.scheduler
+        order = [self.arrival[request] for request in self.alive]
+        assert order == sorted(order)
+        assert len(scheduler.running) <= scheduler.max_running
+        assert all(not request.pages for request in scheduler.waiting)
+        for digest, request in scheduler._pending.items():
+            assert request in scheduler.running
+            ahead = request.keys[request.num_computed // PAGE :]
+            assert digest in {key.digest for key in ahead}
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        # The oldest computes a token in every step, and never again from the start.
+        limit = sum(request.longest for request in self.alive)
+        for _ in range(limit):
+            if self.alive:
+                self.run(self.plan())
+                self.check_invariants_of_all()
+        assert not self.alive
+        assert self.scheduler.pages.num_held == 0
+        assert not self.scheduler._pending
+
+    def check_invariants_of_all(self) -> None:
+        self.every_page_is_accounted_for()
+        self.what_is_remembered_is_there_and_can_be_found()
+        self.the_queue_is_in_order()
+
+
+class CollidingMachine(SchedulerMachine):
+    num_digests = 5
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, CollidingMachine])
+def test_whatever_happens_every_request_gets_its_own_answer_and_all_end(machine):
+    options = settings(
+        max_examples=120, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    )
+    run_state_machine_as_test(machine, settings=options)
