@@ -81,6 +81,8 @@ class LLM:
 
         A list runs as one batch, and what its prompts share at their beginning is computed once.
         `sampling` may be a list then, too. `progress` shows a bar; None does so on a terminal.
+        A prompt that cannot run raises ValueError before any does. What fails later fails alone:
+        its result has the finish reason "error", and says which.
         """
         if isinstance(prompt, str) or all(isinstance(part, int) for part in prompt):
             return self.stream(prompt, sampling, **changes).run()  # pyright: ignore
@@ -88,7 +90,7 @@ class LLM:
         if len(given) != len(prompt):
             raise ValueError(f"sampling: {len(given)} are given for {len(prompt)} prompts")
         pairs = zip(prompt, given, strict=True)
-        asked = [(self._ids(one), self._sampling(its, changes)) for one, its in pairs]  # pyright: ignore
+        asked = [(one, self._sampling(its, changes)) for one, its in pairs]
         return self._run(asked, progress)
 
     def sample(
@@ -115,8 +117,7 @@ class LLM:
         if settings.seed is not None:
             seeds = [derive_seed(settings.seed, i) for i in range(made)]
             each = [dataclasses.replace(one, seed=s) for one, s in zip(each, seeds, strict=True)]
-        ids = self._ids(prompt)
-        results = self._run([(ids, one) for one in each], progress)
+        results = self._run([(prompt, one) for one in each], progress)
         if best_of is None:
             return results
         best = sorted(results, key=mean_logprob, reverse=True)[:n]
@@ -200,21 +201,26 @@ class LLM:
         request = engine.add(ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
         return Stream(engine, request, self.tokenizer, chat.parse if chat else None)
 
-    def _run(self, asked: list[tuple[list[int], Sampling]], progress: bool | None) -> list[Result]:
+    def _run(self, asked: Sequence[tuple[Any, Sampling]], progress: bool | None) -> list[Result]:
         """All to their ends, together."""
         with ExitStack() as stack:
             streams: list[Stream] = []
-            for ids, sampling in asked:
-                streams.append(self._start(ids, sampling))
+            for prompt, sampling in asked:
+                try:
+                    streams.append(self._start(self._ids(prompt), sampling))
+                except ValueError as error:
+                    error.add_note(f"This is prompt {len(streams)} of the list, counted from 0.")
+                    raise
                 stack.callback(streams[-1].close)
             report = stack.enter_context(watch(self.engine, len(streams), progress))
             running = streams
-            while running := [stream for stream in running if not stream.has_ended]:
+            while running:
                 self.engine.step()
                 for stream in running:
                     stream.catch_up()
-                report(sum(stream.has_ended for stream in streams))
-            return [stream.run() for stream in streams]
+                running = [stream for stream in running if not stream.has_ended]
+                report(len(streams) - len(running))
+            return [stream.result for stream in streams]
 
 
 def mean_logprob(result: Result) -> float:

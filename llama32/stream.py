@@ -27,10 +27,11 @@ class Result:
 
     text: str  # without the stop string or control token that ended it
     ids: list[int]  # all that was generated, the stop id included
-    finish_reason: str  # "stop", "length", or "abort" where the listener left
+    finish_reason: str  # "stop", "length", "abort" where the listener left, or "error"
     usage: Usage
     logprobs: list[TokenLogprobs] | None = None  # one per id, where `Sampling.logprobs` asked
     message: dict[str, Any] | None = None  # of a chat: {"role", "content", "tool_calls"}
+    error: Exception | None = None  # what ended it; never seen of a single prompt, which raises it
 
 
 class Stream(Iterator[str]):
@@ -76,6 +77,8 @@ class Stream(Iterator[str]):
     def catch_up(self) -> str:
         """The text of what was generated since the last time; nothing is waited for."""
         text = ""
+        if len(self._seen) == len(self._request.tokens) and not self._request.finish_reason:
+            return text  # at once: of many streams most are waiting
         for token in self._request.tokens[len(self._seen) :]:
             text += self._push(token)
             if self.has_ended:
@@ -112,6 +115,7 @@ class Stream(Iterator[str]):
             usage=Usage(len(self._request.prompt), len(ids), self._request.num_cached),
             logprobs=logprobs or None,
             message=message,
+            error=self._request.error,
         )
 
     def _push(self, token: Token) -> str:
