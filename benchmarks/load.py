@@ -9,11 +9,7 @@ and reads them only when they are used; the peak of memory over that of the bare
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -23,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from measuring import RESULTS, circumstances, keep, table
+
 LOADERS = ("llama32", "transformers")
 COLUMNS = {
     "load": "load, s",
@@ -85,23 +82,12 @@ def compare(folder: Path, dtype: str | None, runs: int) -> dict[str, dict[str, l
     return found
 
 
-def table(found: dict[str, dict[str, list[float]]]) -> str:
-    rows = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
-    for loader, columns in found.items():
-        rows.append([loader, *(f"{statistics.median(columns[c]):,.2f}" for c in COLUMNS)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """What someone needs to know to measure the same again."""
-    dtype = f" --dtype {options.dtype}" if options.dtype else ""
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    return {
-        "command": f"benchmarks/load.py {options.folder.name}{dtype} --runs {options.runs} --save",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": f"python {platform.python_version()}, {', '.join(versions)}",
-    }
+def report_table(found: dict[str, dict[str, list[float]]]) -> str:
+    rows = (
+        [loader, *(f"{statistics.median(columns[c]):,.2f}" for c in COLUMNS)]
+        for loader, columns in found.items()
+    )
+    return table(["", *COLUMNS.values()], rows)
 
 
 def main() -> None:
@@ -119,15 +105,13 @@ def main() -> None:
 
     about = str(inspect(options.folder)).replace(str(options.folder), options.folder.name)
     found = compare(options.folder, options.dtype, options.runs)
-    report = f"{about}\n\nLoaded as {options.dtype or 'stored'}:\n\n{table(found)}"
+    report = f"{about}\n\nLoaded as {options.dtype or 'stored'}:\n\n{report_table(found)}"
     print(report)
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"load_{options.folder.name}_{options.dtype or 'stored'}"
-        kept = circumstances(options)
-        (RESULTS / f"{name}.json").write_text(json.dumps(kept | {"found": found}, indent=1) + "\n")
-        lines = "\n".join(f"- {key}: {value}" for key, value in kept.items())
-        (RESULTS / f"{name}.md").write_text(f"{report}\n\n{lines}\n")
+        dtype = f" --dtype {options.dtype}" if options.dtype else ""
+        command = f"benchmarks/load.py {options.folder.name}{dtype} --runs {options.runs} --save"
+        kept = circumstances(command, ("torch", "transformers"))
+        keep(f"load_{options.folder.name}_{options.dtype or 'stored'}", report, kept, found)
 
 
 if __name__ == "__main__":

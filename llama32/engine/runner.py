@@ -98,7 +98,8 @@ class Runner:
             for work, end in zip(step.decode, ends, strict=True)
             if work.stop == work.request.length
         }
-        return draw(logits[list(asking.values())], list(asking))
+        rows = list(asking.values())
+        return draw(logits if len(rows) == len(logits) else logits[rows], list(asking))
 
     def forget(self) -> None:
         """The model has changed: graphs hold the tensors that it had."""
