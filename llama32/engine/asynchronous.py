@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from threading import Condition, Thread
 
 from llama32.engine.engine import Engine
@@ -21,7 +22,7 @@ class Listener:
 
     def wake(self) -> None:
         """There is news; told by the thread."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._news.set)
 
     async def unseen(self, seen: int) -> Sequence[Token]:
@@ -67,7 +68,7 @@ class AsyncEngine:
         def begin() -> None:
             try:
                 request = self.engine.add(prompt, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
-            except (ValueError, RuntimeError) as error:  # RuntimeError: it is closed
+            except Exception as error:  # carried to the one who asked: the thread serves all
                 listener.error = error
                 listener.wake()
             else:

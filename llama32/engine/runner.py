@@ -23,7 +23,7 @@ from llama32.engine.request import Request
 from llama32.engine.rows import rows_of
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
-from llama32.flash import fixed_shape
+from llama32.flash import fixed_shape, flash
 from llama32.model import Llama
 from llama32.paged import QUERY_BLOCK
 from llama32.sampling import TokenLogprobs, choose
@@ -58,18 +58,16 @@ class Runner:
             device=self._device,
         )
         self._spare = self.num_pages  # a page that nobody is given: rows of no sequence write there
-        on_gpu = self._device.type == "cuda"
-        has_graphs = on_gpu if settings.cuda_graphs is None else settings.cuda_graphs
-        if has_graphs and not on_gpu:
-            raise ValueError(f"cuda_graphs: the model is on {self._device}, and they need CUDA")
-        self._model: Callable[..., Tensor] = model
+        on_gpu, has_flash = self._device.type == "cuda", self.cache.attend is flash
+        has_graphs, deterministic = decoding(settings, on_gpu=on_gpu, has_flash=has_flash)
         self._graphs: dict[tuple[int, int], Graph] | None = {} if has_graphs else None
         self._is_static = has_graphs or settings.compiled
+        self._model: Callable[..., Tensor] = model
         if settings.compiled:
             self._model = torch.compile(model, fullgraph=True)
         sizes = graph_rows(settings.max_running) if self._is_static else None
         self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
-            model, settings.deterministic, sizes
+            model, deterministic, sizes
         )
 
     @property
@@ -184,6 +182,29 @@ class Graph:
             getattr(self._buffers, name).copy_(getattr(batch, name), non_blocking=True)
         self._graph.replay()
         return self._logits.clone()  # the next replay writes into the same
+
+
+def decoding(
+    settings: EngineSettings, *, on_gpu: bool, has_flash: bool
+) -> tuple[bool, bool | None]:
+    """Whether it runs as CUDA graphs, and whether it is to be deterministic (None: where free).
+
+    Of compiled code nobody can tell. Without flash attention a graph gives every sequence the keys
+    of the longest, masked, and a row's bits may depend on how many that are.
+    """
+    has_graphs = settings.cuda_graphs
+    if has_graphs is None:
+        has_graphs = on_gpu and (has_flash or not settings.deterministic)
+    if has_graphs and not on_gpu:
+        raise ValueError("cuda_graphs: they need CUDA, and the model is not there")
+    if not settings.compiled and (has_flash or not has_graphs):
+        return has_graphs, settings.deterministic
+    if settings.deterministic:
+        raise ValueError(
+            "deterministic: not together with `compiled`, nor with `cuda_graphs` where flash "
+            "attention does not run (it takes 16 bits and heads of at most 128)"
+        )
+    return has_graphs, False
 
 
 def graph_rows(max_running: int) -> list[int]:

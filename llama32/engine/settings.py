@@ -22,7 +22,7 @@ class EngineSettings:
     memory_fraction: float = 0.9
     page_size: int | None = None  # slots; None: 64, and 128 on a GPU
     deterministic: bool | None = None
-    compiled: bool = False  # decoding through torch.compile
+    compiled: bool = False  # decoding through torch.compile; not deterministic
     cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU
 
     def __post_init__(self) -> None:

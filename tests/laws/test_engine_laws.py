@@ -3,6 +3,7 @@ alone, whatever else the engine does meanwhile."""
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +14,11 @@ from llama32.engine.engine import Engine
 from llama32.engine.request import Request
 from llama32.engine.rows import Rows
 from llama32.engine.settings import EngineSettings
+from llama32.flash import flash
 from llama32.generate import generate
 from llama32.model import Llama
 from llama32.settings import Sampling
+from tests.kernels import slow_kernel
 
 NUM_REQUESTS = 64
 
@@ -146,6 +149,22 @@ def test_a_cache_of_a_few_pages_is_a_large_one(model):
 @pytest.mark.parametrize("prefill_tokens", [64, 512])
 def test_the_budget_of_a_step_is_irrelevant(model, asked, alone, prefill_tokens):
     assert run(make_engine(model, prefill_tokens=prefill_tokens), asked) == alone
+
+
+def test_the_law_holds_on_a_gpu_s_way_through_the_pages(model):
+    """With a kernel that does on a CPU what the real one promises."""
+    r = random.Random(9)
+    drawn = Sampling(temperature=0.9, seed=4, max_new_tokens=8, logprobs=1, ignore_eos=True)
+    lengths = [1, 60, 65, 130, 200, 300]
+    asked = [Asked([r.randrange(2000) for _ in range(n)], drawn) for n in lengths]
+
+    def make() -> Engine:
+        engine = make_engine(model)
+        engine._runner.cache.attend = partial(flash, kernel=slow_kernel)
+        return engine
+
+    alone = [outcome for one in asked for outcome in run(make(), [one])]
+    assert run(make(), asked) == alone
 
 
 def test_where_no_other_count_agrees_rows_are_split_up(model, asked, alone):
