@@ -44,12 +44,12 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """What all requests run through: made when it is first needed, and anew where the model
-        has moved to another device or dtype."""
+        """What all requests run through: made when it is first needed, and anew where it was closed
+        (which frees the cache) or the model has moved to another device or dtype."""
         weight = self.model.norm.weight
         place = weight.device, weight.dtype
         with self._lock:
-            if place not in self._engines:
+            if place not in self._engines or self._engines[place].is_closed:
                 for engine in self._engines.values():
                     engine.close()
                 self._engines.clear()

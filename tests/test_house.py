@@ -91,7 +91,7 @@ def test_files_and_functions_stay_small(path):
 def test_the_heart_can_be_read_in_one_sitting():
     assert len((PACKAGE / "model.py").read_text().splitlines()) <= 200
     assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 5800
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 5850
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -1,13 +1,17 @@
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from llama32.checkpoint import save
-from llama32.llm import LLM
+from llama32.engine.settings import EngineSettings
+from llama32.llm import LLM, mean_logprob
 from llama32.loading import assemble, eos_ids, has_chat_template, load
+from llama32.sampling import derive_seed
 from llama32.settings import Sampling
 from llama32.tokenizer import Tokenizer
 from tests.alphabet import ALPHABET, alphabet_checkpoint
@@ -298,3 +302,202 @@ def test_eos_comes_from_the_generation_config_else_the_config_else_the_tokenizer
     ends = [special(llm, end) for end in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     assert eos_ids({}, nameless, llm.tokenizer) == (*ends,)
     assert eos_ids({}, nameless, None) == ()
+
+
+@pytest.fixture
+def fragile(llm) -> Iterator[LLM]:
+    """What comes after an e is nan."""
+
+    def spoil(_, args, x):
+        return x.masked_fill((args[0] == ord("e")).unsqueeze(-1), math.nan)
+
+    handle = llm.model.embed.register_forward_hook(spoil)
+    yield llm
+    handle.remove()
+
+
+def greedy(max_new_tokens: int, **settings) -> Sampling:
+    return Sampling(temperature=0, max_new_tokens=max_new_tokens, **settings)
+
+
+def assert_idle(llm: LLM) -> None:
+    stats = llm.engine.stats
+    assert (stats.running, stats.waiting, stats.pages_held) == (0, 0, 0)
+
+
+def test_results_come_in_the_order_of_their_prompts_and_each_has_its_own_settings(llm):
+    prompts = ["a", [*b"xp"], "h", [*b"s"]]
+    each = [greedy(9), greedy(1, logprobs=0), greedy(5, stop="kl"), greedy(3)]
+    results = llm.generate(prompts, each)
+    assert [result.text for result in results] == ["bcdefghij", "q", "ij", "tuv"]
+    assert [result.finish_reason for result in results] == ["length", "length", "stop", "length"]
+    assert [result.usage.prompt_tokens for result in results] == [2, 2, 2, 1]
+    assert [result.logprobs is not None for result in results] == [False, True, False, False]
+    assert_idle(llm)
+
+
+def test_a_change_by_name_is_made_to_the_settings_of_all(llm):
+    results = llm.generate(["a", "p"], [greedy(9), greedy(1)], max_new_tokens=2)
+    assert [result.text for result in results] == ["bc", "qr"]
+
+
+def test_a_list_takes_no_more_steps_than_its_longest(llm):
+    before = llm.engine.stats.steps
+    llm.generate(["a", "p", "x"], [greedy(9), greedy(2), greedy(5)])
+    assert llm.engine.stats.steps == before + 9
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_as_many_settings_as_prompts_or_one_for_all(llm, count):
+    with pytest.raises(ValueError, match=f"sampling: {count} are given for 2 prompts"):
+        llm.generate(["a", "p"], [greedy(2)] * count)
+    assert [result.text for result in llm.generate(["a", "p"], greedy(2))] == ["bc", "qr"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ("", "prompt: it is empty"),
+        ([], "prompt: it is empty"),
+        ("a" * 3000, "no room for an answer"),
+        ([5, 10**6], "token id 1000000 is outside"),
+    ],
+    ids=["no text", "no ids", "too long", "beyond"],
+)
+def test_a_list_with_an_invalid_prompt_is_refused_before_anything_runs(llm, bad, complaint):
+    steps = llm.engine.stats.steps
+    with pytest.raises(ValueError, match=complaint) as caught:
+        llm.generate(["a", "p", bad, "x"], max_new_tokens=2)
+    assert caught.value.__notes__ == ["This is prompt 2 of the list, counted from 0."]
+    assert llm.engine.stats.steps == steps
+    assert_idle(llm)
+
+
+def test_what_fails_in_a_list_fails_alone(fragile):
+    results = fragile.generate(["p", "b", "f"], max_new_tokens=6, logprobs=0)
+    assert [result.text for result in results] == ["qrstuv", "cde", "ghijkl"]
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    assert isinstance(results[1].error, FloatingPointError)
+    assert [results[i].error for i in (0, 2)] == [None, None]
+    assert results[1].usage.completion_tokens == len(results[1].logprobs) == 3
+    assert_idle(fragile)
+
+
+def test_a_stop_string_ends_only_the_text_that_asked_for_it(llm):
+    each = [greedy(6), greedy(6, stop="de"), greedy(6, stop=["zz", "g"])]
+    results = llm.generate(["a", "a", "a"], each)
+    assert [result.text for result in results] == ["bcdefg", "bc", "bcdef"]
+    assert [result.finish_reason for result in results] == ["length", "stop", "stop"]
+
+
+def test_what_the_prompts_of_a_list_share_is_computed_once(llm):
+    llm.engine.forget_prefixes()
+    common = "xyz" * 50  # and a bos: two pages, and 23 tokens of a third
+    results = llm.generate([common + "a", common + "p", common + "h"], max_new_tokens=2)
+    assert [result.text for result in results] == ["bc", "qr", "ij"]
+    assert [result.usage.cached_tokens for result in results] == [0, 128, 128]
+
+
+def test_an_interrupt_leaves_no_request_behind(llm, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.model, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "p"])
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_bar_is_shown_to_who_asks(llm, capsys, progress):
+    llm.generate(["a", "p", "x"], max_new_tokens=2, progress=progress)
+    llm.sample("a", 3, max_new_tokens=2, progress=progress)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("3/3") == 2 * progress
+    assert bool(err) is progress
+
+
+WILD = {
+    "temperature": 12,
+    "max_new_tokens": 8,
+    "ignore_eos": True,
+}  # nearly all bytes are as likely
+
+
+def test_samples_of_one_prompt_which_is_computed_once(llm):
+    llm.engine.forget_prefixes()
+    results = llm.sample("xyz" * 50, 4, **WILD)
+    assert len({(*result.ids,) for result in results}) == 4
+    assert [result.usage.cached_tokens for result in results] == [0, 128, 128, 128]
+    assert {result.usage.prompt_tokens for result in results} == {151}
+    assert {result.logprobs for result in results} == {None}
+
+
+def test_samples_have_seeds_derived_from_that_of_the_first(llm):
+    samples = llm.sample("a", 4, seed=7, **WILD)
+    assert samples == llm.sample("a", 4, seed=7, **WILD)
+    assert samples[0] == llm.generate("a", seed=7, **WILD)
+    for i, sample in enumerate(samples):
+        assert sample.ids == llm.generate("a", seed=derive_seed(7, i), **WILD).ids
+    assert samples[:2] == llm.sample("a", 2, seed=7, **WILD)
+    assert len({(*sample.ids,) for sample in samples}) == 4
+
+
+def test_without_a_seed_samples_are_new_every_time(llm):
+    assert llm.sample("a", 2, **WILD) != llm.sample("a", 2, **WILD)
+
+
+def test_the_best_of_many_are_the_likeliest_on_average_likeliest_first(llm):
+    given = dict(WILD, seed=3, stop_ids=[*range(40, 200)])  # of different lengths
+    many = llm.sample("a", 12, logprobs=0, **given)
+    assert len({len(one.ids) for one in many}) > 2
+    means = [sum(t.chosen for t in one.logprobs) / len(one.logprobs) for one in many]
+    ranked = sorted(range(12), key=means.__getitem__, reverse=True)
+    best = llm.sample("a", 3, best_of=12, **given)
+    assert [one.ids for one in best] == [many[i].ids for i in ranked[:3]]
+    assert [mean_logprob(one) for one in many] == pytest.approx(means)
+    assert llm.sample("a", 12, best_of=12, logprobs=0, **given) == [many[i] for i in ranked]
+
+
+def test_the_logprobs_that_rank_the_best_are_shown_to_who_asked_for_some(llm):
+    assert [one.logprobs for one in llm.sample("a", 2, best_of=3, **WILD)] == [None, None]
+    for asked in (0, 2):
+        for one in llm.sample("a", 2, best_of=3, logprobs=asked, **WILD):
+            assert [len(token.top) for token in one.logprobs] == [asked] * 8
+
+
+@pytest.mark.parametrize(("n", "best_of"), [(0, None), (-1, None), (0, 3), (3, 2), (1, 0)])
+def test_no_samples_and_more_than_are_made_are_refused(llm, n, best_of):
+    with pytest.raises(ValueError, match=f"sample: n is {n} and best_of {best_of}, allowed: 1 <="):
+        llm.sample("a", n, best_of=best_of)
+    assert_idle(llm)
+
+
+def test_the_engine_is_made_once_and_anew_where_the_model_has_moved(folder):
+    llm = load(folder)
+    first = llm.engine
+    assert llm.generate("a", max_new_tokens=3).text == "bcd"
+    assert llm.engine is first
+    llm.model.to(torch.bfloat16)
+    assert llm.generate("a", max_new_tokens=3).text == "bcd"
+    assert llm.engine is not first
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        first.add([1])
+    assert llm.engine is llm.engine
+
+
+def test_the_engine_is_made_anew_where_it_was_closed(folder):
+    llm = load(folder)
+    first = llm.engine
+    first.close()
+    assert llm.engine is not first
+    assert llm.generate("a", max_new_tokens=3).text == "bcd"
+
+
+def test_the_engine_has_the_settings_that_it_was_loaded_with(folder):
+    llm = load(folder, engine=EngineSettings(cache_tokens=640, max_running=2))
+    assert llm.engine.stats.pages == 10
+    results = llm.generate(["a"] * 5, max_new_tokens=3)
+    assert [result.text for result in results] == ["bcd"] * 5
+    assert llm.engine.stats.steps == 9

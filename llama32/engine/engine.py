@@ -194,6 +194,11 @@ class Engine:
             self.scheduler.forget_prefixes()
             self._runner = None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has let go of all, and can do no more."""
+        return self._runner is None
+
     def forget_prefixes(self) -> None:
         """Compute every prompt anew: for when the model changed in a way that cannot be seen."""
         with self._lock:

@@ -1,0 +1,587 @@
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama32.batch import Batch, Span
+from llama32.engine import runner as runners
+from llama32.engine.engine import Engine
+from llama32.engine.request import Request
+from llama32.engine.rows import Rows, fixed
+from llama32.engine.runner import Drawn, Runner, decoding, draw, graph_rows, to_span
+from llama32.engine.scheduler import Step, Work
+from llama32.engine.settings import EngineSettings
+from llama32.model import Llama
+from llama32.paged import QUERY_BLOCK
+from llama32.settings import Sampling
+from tests.checkpoints import random_model, tiny_config
+
+ROOT = Path(__file__).parents[2]
+ROUNDED = {"atol": 5e-5, "rtol": 0}  # logits are of the order of 4
+VOCABULARY = 160
+C = 64  # slots of a page
+NUM_PAGES = 24
+FORMS = ["plain", "padded", "split", "static"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return random_model(tiny_config())
+
+
+@pytest.fixture
+def own_model() -> Llama:
+    """One to change."""
+    return random_model(tiny_config())
+
+
+def make_runner(model: Llama, form: str = "plain") -> Runner:
+    """In as many rows as there are tokens, in more, in several calls, or by fixed shapes."""
+    settings = EngineSettings(cache_tokens=C * NUM_PAGES, deterministic=False)
+    runner = Runner(model, settings)
+    if form == "padded":
+        runner.prompt_rows, runner.decode_rows = fixed([512]), fixed([8])
+    elif form == "split":
+        runner.prompt_rows, runner.decode_rows = Rows(lambda n: [], C), Rows(lambda n: [], 2)
+    elif form == "static":
+        runner._is_static = True
+        runner.decode_rows = fixed(graph_rows(64))
+    return runner
+
+
+def make_request(length: int, pages: Sequence[int], seed: int = 0, output=()) -> Request:
+    """Greedy, and told of all logprobs."""
+    r = random.Random(seed)
+    return Request(
+        prompt=[r.randrange(VOCABULARY) for _ in range(length)],
+        longest=2000,
+        sampling=Sampling(temperature=0, logprobs=VOCABULARY),
+        pages=list(pages),
+        output=list(output),
+    )
+
+
+def several() -> list[Request]:
+    """Around the borders of pages, which are in a row or scattered."""
+    where = [[7, 2, 5, 9], [0], [11, 12], [3], [20, 14]]
+    lengths = [200, 1, 64, 30, 65]
+    return [make_request(*one, seed) for seed, one in enumerate(zip(lengths, where, strict=True))]
+
+
+def whole(request: Request) -> Step:
+    """From the beginning to its next token."""
+    prompt = [Work(request, 0, request.num_prefill)] if request.num_prefill else []
+    return Step(prompt, [Work(request, request.num_prefill, request.length)])
+
+
+def together(steps: Sequence[Step]) -> Step:
+    return Step(
+        [work for step in steps for work in step.prefill],
+        [work for step in steps for work in step.decode],
+    )
+
+
+def begin(runner: Runner, requests: Sequence[Request]) -> list[Drawn]:
+    """All prompts, and the first token of each."""
+    return keep(runner.run(together([whole(request) for request in requests])))
+
+
+def go_on(runner: Runner, requests: Sequence[Request]) -> list[Drawn]:
+    """The next token of each."""
+    works = [Work(request, request.length - 1, request.length) for request in requests]
+    return keep(runner.run(Step([], works)))
+
+
+def keep(drawn: list[Drawn]) -> list[Drawn]:
+    for one in drawn:
+        one.request.output.append(one.id)
+    return drawn
+
+
+def logprobs(drawn: Drawn) -> Tensor:
+    return torch.tensor([drawn.logprobs.top[id] for id in range(VOCABULARY)])
+
+
+@torch.no_grad()
+def uncached(model: Llama, request: Request, length: int) -> Tensor:
+    return model(torch.tensor(request.ids(0, length)))[-1].log_softmax(-1)
+
+
+def check(drawn: list[Drawn], model: Llama) -> None:
+    """What was drawn last of each is what the model says without a cache."""
+    for one in drawn:
+        expected = uncached(model, one.request, one.request.length - 1)
+        torch.testing.assert_close(logprobs(one), expected, **ROUNDED)
+        assert one.id == expected.argmax()
+        assert one.error is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_and_decoding_give_the_logits_of_the_uncached_model(model, form):
+    runner, requests = make_runner(model, form), several()
+    drawn = begin(runner, requests)
+    assert [one.request for one in drawn] == requests
+    check(drawn, model)
+    for _ in range(3):
+        check(go_on(runner, requests), model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_are_read_while_others_are_decoded(model, form):
+    runner, requests = make_runner(model, form), several()
+    old, new = requests[1:], requests[0]
+    begin(runner, old)
+    works = [Work(request, request.length - 1, request.length) for request in old]
+    assert [one.request for one in keep(runner.run(Step([Work(new, 0, 128)], works)))] == old
+    works = [Work(request, request.length - 1, request.length) for request in (*old, new)]
+    drawn = keep(runner.run(Step([Work(new, 128, new.num_prefill)], works)))
+    assert [one.request for one in drawn] == [*old, new]
+    check(drawn, model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_who_only_reads_its_prompt_gets_no_token(model, form):
+    runner, (request, *_) = make_runner(model, form), several()
+    assert runner.run(Step([Work(request, 0, 64)], [])) == []
+    assert runner.run(Step([Work(request, 64, request.num_prefill)], [])) == []
+    check(go_on(runner, [request]), model)
+
+
+def test_an_empty_step_gives_nothing(model):
+    assert make_runner(model).run(Step([], [])) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rows_of_a_replay_are_the_tokens_one_by_one(model, form):
+    runner = make_runner(model, form)
+    first, other = make_request(62, [4, 5]), make_request(10, [8], seed=1)
+    begin(runner, [first, other])
+    for _ in range(5):
+        go_on(runner, [first, other])
+    again = make_request(62, [16, 10], output=first.output)
+    drawn = keep(runner.run(together([whole(other), whole(again)])))
+    assert [one.request for one in drawn] == [other, again]
+    check(drawn, model)
+    for pool in (runner.cache.keys, runner.cache.values):
+        before, after = (pool[:, one.pages].flatten(1, 2)[:, :67] for one in (first, again))
+        torch.testing.assert_close(after, before, **ROUNDED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_replay_gets_its_token_with_the_last_of_its_rows(model, form):
+    runner = make_runner(model, form)
+    request = make_request(30, [2], output=[5, 6, 7, 8])
+    assert runner.run(Step([Work(request, 0, 29)], [Work(request, 29, 32)])) == []
+    drawn = keep(runner.run(Step([], [Work(request, 32, 34)])))
+    assert [one.request for one in drawn] == [request]
+    check(drawn, model)
+
+
+@pytest.mark.parametrize(
+    ("form", "num_spare"), [("plain", 0), ("padded", 1), ("split", 1), ("static", 1)]
+)
+def test_only_the_slots_of_the_requests_and_of_the_spare_page_are_written(model, form, num_spare):
+    runner, requests = make_runner(model, form), several()
+    pools = runner.cache.keys, runner.cache.values
+    for pool in pools:
+        pool.fill_(7)
+    begin(runner, requests)
+    go_on(runner, requests)
+    own = {
+        (request.pages[i // C], i % C)
+        for request in requests
+        for i in range(request.length - 1)  # the last one is known, and not yet computed
+    }
+    for layer in (layer for pool in pools for layer in pool):
+        written = {
+            (page, slot) for page, slot in (layer != 7).flatten(2).any(-1).nonzero().tolist()
+        }
+        assert own <= written
+        others = written - own
+        assert {page for page, _ in others} <= {runner.num_pages}
+        assert len(others) == num_spare
+
+
+def test_nobody_is_given_the_spare_page(model):
+    engine = Engine.of(model, EngineSettings(cache_tokens=C * 3))
+    assert engine.stats.pages == engine._runner.num_pages == 3
+    assert engine._runner.cache.keys.shape[1] == 4
+
+
+def test_no_logits_are_computed_of_prompts(own_model):
+    runner, requests = make_runner(own_model), several()
+    rows = []
+    own_model.lm_head.register_forward_hook(lambda *call: rows.append(len(call[-1])))
+    begin(runner, requests)
+    assert rows == [0, 5]
+
+
+@pytest.mark.parametrize("length", [2, 40, 64, 200])
+def test_the_way_of_attention_depends_on_neither_the_prompt_nor_its_company(model, length):
+    """Of a batch with one query each flash attention may go another way."""
+    runner = make_runner(model)
+    attend, seen = runner.cache.attend, []
+
+    def spy(q, keys, values, batch):
+        seen.append(batch.max_query)
+        return attend(q, keys, values, batch)
+
+    runner.cache.attend = spy
+    runner.run(whole(make_request(length, [1, 2, 3, 4])))
+    num_layers = len(model.layers)
+    assert seen == [max(QUERY_BLOCK, length - 1)] * num_layers + [1] * num_layers
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_is_nan_is_an_error_of_its_request_and_no_bit_of_the_others_changes(model, form):
+    outcomes = []
+    for is_poisoned in (False, True):
+        runner, requests = make_runner(model, form), several()
+        begin(runner, requests)
+        if is_poisoned:
+            runner.cache.values[1, requests[2].pages[0], 3] = math.nan
+        outcomes.append(go_on(runner, requests))
+    sound, poisoned = outcomes
+    assert [one.id for one in poisoned if one.error] == [-1]
+    assert isinstance(poisoned[2].error, FloatingPointError)
+    for i in (0, 1, 3, 4):
+        assert (poisoned[i].id, poisoned[i].logprobs) == (sound[i].id, sound[i].logprobs)
+
+
+def test_a_poisoned_request_ends_and_the_others_never_know(model):
+    outputs = []
+    for is_poisoned in (False, True):
+        engine = Engine.of(model, EngineSettings(cache_tokens=C * NUM_PAGES))
+        settings = Sampling(temperature=0, max_new_tokens=70)
+        requests = [engine.add(one.prompt, settings) for one in several()]
+        engine.step()
+        if is_poisoned:
+            engine._runner.cache.keys[0, requests[0].pages[1]] = math.nan
+        while engine.is_busy:
+            engine.step()
+        outputs.append([request.output for request in requests])
+    assert requests[0].finish_reason == "error"
+    assert isinstance(requests[0].error, FloatingPointError)
+    assert len(requests[0].output) == 1
+    assert [request.finish_reason for request in requests[1:]] == ["length"] * 4
+    assert outputs[0][1:] == outputs[1][1:]
+    assert engine.stats.pages_held == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_each_row_that_is_not_finite_is_told_apart(bad):
+    requests = [make_request(3, [i], i) for i in range(5)]
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    sound = draw(logits, requests)
+    logits[1, 7] = logits[4, 0] = bad
+    drawn = draw(logits, requests)
+    assert [one.request for one in drawn] == requests
+    assert [one.error is not None for one in drawn] == [False, True, False, False, True]
+    assert [drawn[i] for i in (0, 2, 3)] == [sound[i] for i in (0, 2, 3)]
+
+
+def test_of_nobody_nothing_is_drawn():
+    assert draw(torch.randn(0, VOCABULARY), []) == []
+
+
+def multiply(model: Llama) -> None:
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.mul_(1.5)
+
+
+def replace_module(model: Llama) -> None:
+    model.layers[2].mlp = deepcopy(model.layers[0].mlp)
+
+
+def replace_weight(model: Llama) -> None:
+    model.layers[2].attn.o_proj.weight = nn.Parameter(model.layers[0].attn.o_proj.weight.clone())
+
+
+def load_weights(model: Llama) -> None:
+    model.load_state_dict(random_model(tiny_config(), seed=1).state_dict())
+
+
+def add_hook(model: Llama) -> None:
+    model.layers[1].register_forward_hook(lambda *call: call[-1] * 1.5)
+
+
+def add_pre_hook(model: Llama) -> None:
+    model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+
+
+CHANGES = [multiply, replace_module, replace_weight, load_weights, add_hook, add_pre_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_is_seen(own_model, change):
+    runner = make_runner(own_model)
+    before = runner.fingerprint()
+    change(own_model)
+    assert runner.fingerprint() != before
+
+
+def test_a_hook_that_is_gone_is_seen(own_model):
+    runner = make_runner(own_model)
+    bare = runner.fingerprint()
+    handle = own_model.layers[1].mlp.register_forward_hook(lambda *call: None)
+    hooked = runner.fingerprint()
+    handle.remove()
+    assert runner.fingerprint() == bare != hooked
+
+
+def test_what_runs_and_looks_at_the_model_does_not_change_it(own_model):
+    runner = make_runner(own_model)
+    before = runner.fingerprint()
+    begin(runner, several())
+    own_model(torch.tensor([1, 2])).sum().backward()
+    own_model.eval()
+    own_model.state_dict()
+    assert runner.fingerprint() == before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_an_earlier_model_left_in_the_cache_is_not_used(own_model, change):
+    prompt, settings = several()[0].prompt, Sampling(temperature=0, logprobs=1, max_new_tokens=8)
+
+    def run(engine: Engine) -> Request:
+        request = engine.add(prompt, settings)
+        while engine.is_busy:
+            engine.step()
+        return request
+
+    engine = Engine.of(own_model, EngineSettings(cache_tokens=C * NUM_PAGES))
+    assert [run(engine).num_cached for _ in range(2)] == [0, 192]
+    change(own_model)
+    changed, again = run(engine), run(engine)
+    assert [request.num_cached for request in (changed, again)] == [0, 192]
+    fresh = run(Engine.of(own_model, EngineSettings(cache_tokens=C * NUM_PAGES)))
+    assert changed.tokens == fresh.tokens
+
+
+def test_graphs_of_an_earlier_model_are_dropped(own_model):
+    engine = Engine.of(own_model, EngineSettings(cache_tokens=C * NUM_PAGES))
+    graphs = {(1, 2): object()}
+    engine._runner._graphs = graphs
+    engine.abort(engine.add([1]))
+    assert graphs
+    multiply(own_model)
+    engine.add([1])
+    assert not graphs
+
+
+CPU, FLASH, NO_FLASH = (
+    {"on_gpu": on_gpu, "has_flash": has_flash}
+    for on_gpu, has_flash in [(False, False), (True, True), (True, False)]
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "asked", "has_graphs", "deterministic"),
+    [
+        (CPU, {}, False, None),
+        (CPU, {"deterministic": True}, False, True),
+        (CPU, {"deterministic": False}, False, False),
+        (CPU, {"compiled": True}, False, False),
+        (FLASH, {}, True, None),
+        (FLASH, {"deterministic": True}, True, True),
+        (FLASH, {"cuda_graphs": False}, False, None),
+        (FLASH, {"compiled": True}, True, False),
+        (NO_FLASH, {}, True, False),
+        (NO_FLASH, {"deterministic": True}, False, True),
+        (NO_FLASH, {"cuda_graphs": True}, True, False),
+        (NO_FLASH, {"cuda_graphs": False}, False, None),
+        (NO_FLASH, {"cuda_graphs": False, "deterministic": True}, False, True),
+    ],
+)
+def test_graphs_are_for_gpus_and_determinism_is_where_it_can_be_shown(
+    where, asked, has_graphs, deterministic
+):
+    assert decoding(EngineSettings(**asked), **where) == (has_graphs, deterministic)
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [
+        (CPU, {"compiled": True}),
+        (FLASH, {"compiled": True}),
+        (NO_FLASH, {"compiled": True}),
+        (NO_FLASH, {"cuda_graphs": True}),
+    ],
+)
+def test_determinism_is_refused_where_it_cannot_be_shown(where, asked):
+    with pytest.raises(ValueError, match="deterministic: not together with"):
+        decoding(EngineSettings(deterministic=True, **asked), **where)
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(model):
+    with pytest.raises(ValueError, match="cuda_graphs: they need CUDA"):
+        Runner(model, EngineSettings(cuda_graphs=True, cache_tokens=C))
+
+
+@pytest.mark.parametrize("settings", [{}, {"cuda_graphs": False}])
+def test_on_a_cpu_decoding_is_plain_unless_told(model, settings):
+    runner = Runner(model, EngineSettings(cache_tokens=C, **settings))
+    assert runner._graphs is None
+    assert not runner._is_static
+    assert runner._model is model
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_runner_says_whether_it_is_deterministic(model, deterministic):
+    runner = Runner(model, EngineSettings(cache_tokens=C, deterministic=deterministic))
+    assert runner.deterministic is deterministic
+
+
+def test_compiled_decoding_has_few_counts_of_rows_and_is_not_deterministic(model):
+    runner = Runner(model, EngineSettings(cache_tokens=C, compiled=True, max_running=20))
+    assert runner._is_static
+    assert runner._model is not model
+    assert not runner.deterministic
+    singles = [Span([1], 0, [0])] * 20
+    calls = [list(runner.decode_rows.calls(singles[:n])) for n in (1, 2, 8, 9, 20)]
+    assert [[rows for _, rows in call] for call in calls] == [[1], [8], [8], [20], [20]]
+
+
+@pytest.mark.parametrize(
+    ("max_running", "rows"),
+    [(1, [1]), (2, [1, 2]), (8, [1, 8]), (9, [1, 8, 9]), (64, [1, 8, 64]), (100, [1, 8, 64, 100])],
+)
+def test_few_counts_of_rows_are_worth_a_graph(max_running, rows):
+    assert graph_rows(max_running) == rows
+
+
+def decode_all(runner: Runner, counts: Sequence[int], lengths: Sequence[int]) -> None:
+    """Steps of so many rows, with a context of each of the lengths."""
+    for count in counts:
+        for length in lengths:
+            long = make_request(length, range(-(-length // C)))
+            short = [make_request(1, [NUM_PAGES - 1]) for _ in range(count - 1)]
+            works = [Work(request, len(request.prompt) - 1, request.length) for request in short]
+            runner.run(Step([], [*works, Work(long, length - 1, length)]))
+
+
+def test_static_batches_have_few_shapes(model):
+    runner = make_runner(model, "static")
+    forward, shapes = runner._forward, set()
+
+    def spy(batch):
+        B, W = batch.page_table.shape
+        assert len(batch.tokens) == len(batch.lengths) == B
+        assert batch.max_length == W * C
+        shapes.add((B, W))
+        return forward(batch)
+
+    runner._forward = spy
+    decode_all(runner, counts=[1, 2, 7, 8, 9, 20], lengths=range(1, C * 17, C))
+    assert shapes == {(rows, width) for rows in (1, 8, 64) for width in (2, 4, 8, 16, 32)}
+
+
+@torch.inference_mode()
+def test_what_is_derived_of_a_batch_is_derived_anew_in_every_run(model, monkeypatch):
+    """A graph must hold how it is made, not what it was the first time."""
+    runner, known = make_runner(model, "static"), []
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
+        known.append("page_rows" in vars(batch))
+        assert batch.page_rows
+        return q
+
+    monkeypatch.setattr(runners, "fixed_shape", lambda _: attend)
+    batch = runner._padded([to_span(Work(make_request(3, [1]), 2, 3))], rows=8)
+    for _ in range(2):
+        runner._forward(batch)
+    assert known == [False, True, True] * 2
+
+
+def test_a_graph_is_made_once_for_each_shape(model, monkeypatch):
+    made = []
+
+    class Played:
+        """Nothing is recorded: the tensors of a batch are run anew each time."""
+
+        def __init__(self, forward, batch):
+            made.append(tuple(batch.page_table.shape))
+            self.replay = lambda batch: forward(replace(batch, spans=()))
+
+    monkeypatch.setattr(runners, "Graph", Played)
+    runner, requests = make_runner(model, "static"), several()
+    runner._graphs = {}
+    check(begin(runner, requests), model)
+    for _ in range(3):
+        check(go_on(runner, requests), model)
+        check(go_on(runner, requests[1:2]), model)
+    assert sorted(made) == [(1, 2), (8, 4)]
+
+
+def drive(engine: Engine, steps: int, seed: int) -> list[Request]:
+    """Requests that come and go and grow over several pages, for so many steps and to their
+    ends."""
+    r = random.Random(seed)
+    requests: list[Request] = []
+    taken = 0
+    while taken < steps or engine.is_busy:
+        if taken < steps and (not engine.is_busy or r.random() < 0.1):
+            for _ in range(r.choice([1, 2, 9])):
+                prompt = [r.randrange(32) for _ in range(r.choice([1, 5, 64, 65, 130, 300]))]
+                sampling = Sampling(temperature=0, max_new_tokens=r.randrange(1, 200))
+                requests.append(engine.add(prompt, sampling))
+        engine.step()
+        taken += 1
+    return requests
+
+
+def compile_and_drive() -> None:
+    """Prints what came of it. For a process without the checker of the tests: what it checks
+    cannot be traced."""
+    from torch._dynamo.utils import counters
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = random_model(tiny_config(**sizes, **heads))
+    settings = {"max_running": 12, "cache_tokens": C * 16, "deterministic": False}
+    compiled = Engine.of(model, EngineSettings(compiled=True, **settings))
+    graphs = []
+    for count in graph_rows(12):
+        for _ in range(count):
+            compiled.add([1], Sampling(temperature=0, max_new_tokens=2))
+        while compiled.is_busy:
+            compiled.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        requests = drive(compiled, 200, seed=0)
+    graphs.append(counters["stats"]["unique_graphs"])
+    eager = drive(Engine.of(model, EngineSettings(**settings)), 200, seed=0)
+    same = [one.output == two.output for one, two in zip(requests, eager, strict=True)]
+    preemptions = compiled.stats.preemptions
+    print(json.dumps({"graphs": graphs, "same": same, "preemptions": preemptions}))
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+def test_compiled_decoding_says_the_same_and_compiles_at_most_once_for_each_count_of_rows():
+    code = "from tests.engine.test_runner import compile_and_drive; compile_and_drive()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    first, *_, warm, at_last = said["graphs"]
+    assert first == 1
+    assert at_last == warm <= 3
+    assert said["preemptions"] > 0
+    assert len(said["same"]) > 20
+    assert all(said["same"])

@@ -1,0 +1,221 @@
+"""Ten thousand requests of which many go wrong: the others never notice, and nothing is left."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from random import Random
+from types import NoneType
+
+import pytest
+
+from llama32 import load_model
+from llama32.engine.engine import Engine
+from llama32.engine.request import Request
+from llama32.engine.scheduler import Scheduler
+from llama32.engine.settings import EngineSettings
+from llama32.settings import Sampling
+from tests.engine.fakes import ANSWERS, PAGE, answer, make_engine, make_prompt, run_to_the_end
+
+NUM_REQUESTS = 10_000
+
+
+class OfACallbackError(Exception):
+    pass
+
+
+class OfTheModelError(Exception):
+    pass
+
+
+class Traffic:
+    """Random requests, and what is to become of each.
+
+    Prompts branch off from a few stems at any place, many in the middle of a page. What goes wrong
+    is decided when a request is made, but for aborts, which come at any time.
+    """
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.engine = engine
+        self.random = Random(seed)
+        self.requests: list[Request] = []
+        self.answers: dict[Request, list[int]] = {}  # what each would get alone
+        self.fates: dict[Request, type[Exception]] = {}
+        self.broken: dict[Request, int] = {}  # at which token a row is not finite
+        self.aborted: set[Request] = set()
+        self._stems = [make_prompt(40, seed) for seed in range(12)]
+
+    def add(self) -> None:
+        r = self.random
+        stem = r.choice(self._stems)
+        prompt = stem[: r.randrange(1, 40)] + r.choices(range(ANSWERS), k=r.choice([0, 1, 5, 20]))
+        new = r.choice([1, 1, 2, 5, 24])
+        expected = answer(prompt, new)
+        stop_ids = ()
+        if r.random() < 0.2:
+            stop_ids = expected[r.randrange(new) :][:1]
+            expected = expected[: expected.index(stop_ids[0]) + 1]
+        on_token, on_prefill = None, None
+        fate = r.choices(["good", "on_token", "on_prefill", "row"], [90, 3, 2, 3])[0]
+        if fate == "on_token":
+            on_token = raising(r.randrange(len(expected)))
+        if fate == "on_prefill":
+            on_prefill = raising(0)
+        request = self.engine.add(
+            prompt,
+            Sampling(max_new_tokens=new, stop_ids=stop_ids),
+            on_token=on_token,
+            on_prefill=on_prefill,
+        )
+        self.requests.append(request)
+        self.answers[request] = expected
+        if fate == "row":
+            self.fates[request] = FloatingPointError
+            self.broken[request] = r.randrange(len(expected))
+        elif fate != "good":
+            self.fates[request] = OfACallbackError
+
+    def abort(self) -> None:
+        """Any, also one that has ended."""
+        request = self.random.choice(self.requests[-50:])
+        if request.finish_reason is None:
+            self.aborted.add(request)
+        self.engine.abort(request)
+
+    def is_finite(self, request: Request) -> bool:
+        return self.broken.get(request) != len(request.output)
+
+    def check(self, request: Request) -> None:
+        """It ended as it had to."""
+        expected, output = self.answers[request], request.output
+        assert [token.id for token in request.tokens] == output == expected[: len(output)]
+        assert request.pages == []
+        if request in self.aborted:
+            assert (request.finish_reason, request.error) == ("abort", None)
+        elif request in self.fates:
+            assert request.finish_reason == "error"
+            assert type(request.error) is self.fates[request]
+            assert len(output) == self.broken.get(request, len(output))
+        else:
+            assert request.finish_reason == request.tokens[-1].finish_reason
+            is_stopped = output[-1] in request.sampling.stop_ids
+            assert request.finish_reason == ("stop" if is_stopped else "length")
+            assert output == expected
+
+
+def raising(at: int) -> Callable[..., None]:
+    """After so many calls that went well."""
+    calls = count()
+
+    def callback(*told: object) -> None:
+        if next(calls) == at:
+            raise OfACallbackError
+
+    return callback
+
+
+def test_ten_thousand_requests_over_a_small_cache_with_faults_of_all_kinds(monkeypatch):
+    monkeypatch.setattr("llama32.engine.engine.Scheduler", partial(Scheduler, block=4))
+    engine, runner = make_engine(num_pages=20, page_size=8, max_running=12, prefill_tokens=32)
+    pages = engine.scheduler.pages
+    evicted: list[int] = []
+    pages._on_evict = lambda page, forget=pages._on_evict: (evicted.append(page), forget(page))
+    traffic = Traffic(engine, seed=1)
+    runner.is_finite = traffic.is_finite
+    r = traffic.random
+    failed_steps = 0
+    while len(traffic.requests) < NUM_REQUESTS or engine.is_busy:
+        if len(engine.scheduler.waiting) < 30:
+            for _ in range(r.choice([0, 0, 1, 4])):
+                if len(traffic.requests) < NUM_REQUESTS:
+                    traffic.add()
+        if traffic.requests and r.random() < 0.05:
+            traffic.abort()
+        if r.random() < 0.002:
+            engine.forget_prefixes()
+        if r.random() < 0.02:
+            runner.errors.append(OfTheModelError())
+        try:
+            engine.step()
+        except OfTheModelError:
+            failed_steps += 1
+    for request in traffic.requests:
+        traffic.check(request)
+    assert len(traffic.requests) == NUM_REQUESTS
+    assert pages.num_held == 0
+    assert not any(pages.references)
+    assert not engine.scheduler._pending
+    assert engine.stats.generated == sum(len(request.output) for request in traffic.requests)
+    kinds = Counter((request.finish_reason, type(request.error)) for request in traffic.requests)
+    assert kinds["length", NoneType] > 5000
+    assert kinds["stop", NoneType] > 500
+    assert kinds["abort", NoneType] > 300
+    assert kinds["error", OfACallbackError] > 300
+    assert kinds["error", FloatingPointError] > 100
+    assert failed_steps > 100
+    assert engine.stats.preemptions > 100
+    assert sum(request.num_cached > 0 for request in traffic.requests) > 1000
+    assert len(evicted) > 1000
+
+
+def test_of_a_real_model_those_that_are_not_aborted_get_what_they_get_alone():
+    model = load_model("tiny")
+    r = Random(3)
+    stem = make_prompt(130)
+    asked = []
+    for i in range(16):
+        prompt = [*stem[: r.choice([40, 60, 62, 63, 70, 120, 130])], i]
+        new = r.randrange(10, 40)
+        sampling = Sampling(temperature=i % 2, seed=i, max_new_tokens=new, ignore_eos=True)
+        asked.append((prompt, sampling))
+    alone = Engine.of(model, EngineSettings(deterministic=True, cache_tokens=64 * 3))
+    expected = []
+    for one in asked:
+        request = alone.add(*one)
+        run_to_the_end(alone)
+        alone.forget_prefixes()
+        expected.append(request.output)
+
+    engine = Engine.of(model, EngineSettings(deterministic=True, cache_tokens=64 * 6))
+    requests: list[Request] = []
+    aborted = set()
+    while len(requests) < len(asked) or engine.is_busy:
+        requests += [engine.add(*one) for one in asked[len(requests) :][: r.choice([0, 1, 3])]]
+        if requests and r.random() < 0.08:
+            request = r.choice(requests)
+            if request.finish_reason is None:
+                aborted.add(request)
+            engine.abort(request)
+        engine.step()
+    for request, output in zip(requests, expected, strict=True):
+        if request in aborted:
+            assert request.finish_reason == "abort"
+            assert request.output == output[: len(request.output)]
+        else:
+            assert request.finish_reason == "length"
+            assert request.output == output
+    assert engine.stats.pages_held == 0
+    assert engine.stats.preemptions > 0
+    assert engine.stats.prompt_cached > 0
+    assert 3 <= len(aborted) <= 10
+
+
+def test_the_fewest_pages_that_hold_the_longest_request_are_enough_for_all():
+    r = Random(2)
+    asked = [
+        (make_prompt(r.randrange(1, 150), r.randrange(4)), r.randrange(1, 200)) for _ in range(60)
+    ]
+    longest = max(len(prompt) + new for prompt, new in asked)
+    fewest = -(-longest // PAGE)
+    outputs = []
+    for num_pages in (fewest, 1000):
+        engine, _ = make_engine(num_pages)
+        requests = [engine.add(prompt, Sampling(max_new_tokens=new)) for prompt, new in asked]
+        run_to_the_end(engine)
+        outputs.append([request.output for request in requests])
+        assert (engine.stats.preemptions > 0) == (num_pages == fewest)
+    assert outputs[0] == outputs[1] == [answer(*one) for one in asked]
+    engine, _ = make_engine(fewest - 1)
+    prompt, new = max(asked, key=lambda one: len(one[0]) + one[1])
+    with pytest.raises(ValueError, match=f"{longest} tokens"):
+        engine.add(prompt, Sampling(max_new_tokens=new))
