@@ -60,7 +60,7 @@ def fused(
     T, S = q.shape[-3], k.shape[-3]
     if T == 1 and visible is None:
         return _one_query(q, k, v)
-    square = T == S and visible is None
+    square = visible is None and T == S
     if not square and visible is None:
         visible = causal(T, S, q.device)  # is_causal would align the first query, not the last
     mixed = F.scaled_dot_product_attention(
