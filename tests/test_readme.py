@@ -42,5 +42,5 @@ def test_its_commands_run(command):
 def test_it_leads_through_files_that_exist():
     named = set(re.findall(r"\b\w+\.py\b", README.read_text("utf-8")))
     assert "model.py" in named
-    folders = (README.parent / folder for folder in ("llama32", "weights", "benchmarks"))
-    assert named <= {path.name for folder in folders for path in folder.glob("*.py")}
+    folders = (README.parent / folder for folder in ("llama32", "tests", "weights", "benchmarks"))
+    assert named <= {path.name for folder in folders for path in folder.rglob("*.py")}
