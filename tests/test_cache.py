@@ -7,6 +7,7 @@ import torch
 from llama32 import attention, paged
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
+from llama32.engine.scheduler import BLOCK
 from tests.checkpoints import tiny_config
 
 
@@ -136,6 +137,24 @@ def test_a_prompt_s_attention_has_the_same_bits_however_it_is_cut_at_blocks():
             span = Span([1] * (stop - start), start, [0, 1, 2, 3])
             parts.append(paged.fused(q[start:stop], keys, values, Batch.pack([span], 64)))
         assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "cuts"),
+    [
+        (0, 64, [(0, 64)]),
+        (0, 130, [(0, 64), (64, 128), (128, 130)]),
+        (20, 150, [(20, 64), (64, 128), (128, 150)]),
+        (63, 65, [(63, 64), (64, 65)]),
+        (70, 71, [(70, 71)]),
+    ],
+)
+def test_queries_are_cut_where_positions_are_multiples_wherever_they_start(start, stop, cuts):
+    assert list(paged.blocks(start, stop)) == cuts
+
+
+def test_prompts_are_cut_into_steps_where_attention_cuts_them_anyhow():
+    assert BLOCK == paged.QUERY_BLOCK
 
 
 def resident() -> int:
