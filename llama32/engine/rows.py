@@ -68,10 +68,12 @@ def fixed(sizes: Sequence[int]) -> Rows:
 
 def proven(probe: "Probe") -> Rows:
     """Any count that gives the canonical bits. Of those above 8 only every eighth is tried: few
-    tries, and next to no padding."""
+    tries, and next to no padding. A few rows that do not have them are padded to as few as do:
+    most often it is only a lone row that a library takes another way."""
 
     def candidates(n: int) -> list[int]:
-        return [round_up(n, 8) if n > 8 else n, round_up(n, probe.canonical)]
+        near = [round_up(n, 8)] if n > 8 else [n, round_up(n, 2), round_up(n, 4)]
+        return [*near, round_up(n, probe.canonical)]
 
     return Rows(candidates, probe.canonical, probe.agrees)
 

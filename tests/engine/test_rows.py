@@ -213,9 +213,16 @@ def test_more_tokens_than_the_largest_size_go_in_several_calls_of_it():
 
 @pytest.mark.parametrize(
     ("n", "tried"),
-    [(1, [1, 64]), (7, [7, 64]), (8, [8, 64]), (9, [16, 64]), (63, [64, 64]), (65, [72, 128])],
+    [
+        (1, [1, 2, 4, 64]),
+        (3, [3, 4, 4, 64]),
+        (7, [7, 8, 8, 64]),
+        (9, [16, 64]),
+        (63, [64, 64]),
+        (65, [72, 128]),
+    ],
 )
-def test_few_rows_are_tried_as_they_are_and_more_by_eights(n, tried):
+def test_few_rows_are_tried_as_they_are_then_by_twos_and_fours_and_more_by_eights(n, tried):
     assert list(proven(Said(64)).candidates(n)) == tried
 
 
