@@ -23,20 +23,10 @@ from typing import Any
 
 import torch
 from make_random import SHAPES
-from measuring import (
-    RESULTS,
-    Peer,
-    Run,
-    circumstances,
-    disturbance,
-    keep,
-    median,
-    table,
-    take_turns,
-    timings,
-)
+from measuring import RESULTS, circumstances, keep, table, timings
 from throughput import load, sampling, theirs
 
+from llama32.bench.turns import Peer, Run, disturbance, median, take_turns
 from llama32.cache import bytes_per_token
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llama32.checkpoint import inspect, save
+from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
+from llama32.saving import save
 from llama32.train import initialize
 
 LLAMA_1B = LlamaConfig(

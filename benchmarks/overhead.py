@@ -17,20 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import (
-    RESULTS,
-    Peer,
-    Run,
-    circumstances,
-    disturbance,
-    keep,
-    table,
-    take_turns,
-    timings,
-)
+from measuring import RESULTS, circumstances, keep, table, timings
 from throughput import load, sampling
 from torch import Tensor
 
+from llama32.bench.turns import Peer, Run, disturbance, take_turns
 from llama32.engine import runner
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings

@@ -16,20 +16,10 @@ from pathlib import Path
 
 import torch
 from make_random import SHAPES
-from measuring import (
-    RESULTS,
-    Peer,
-    bf16_note,
-    circumstances,
-    disturbance,
-    keep,
-    median,
-    table,
-    take_turns,
-    timings,
-)
+from measuring import RESULTS, bf16_note, circumstances, keep, table, timings
 from throughput import load, sampling
 
+from llama32.bench.turns import Peer, disturbance, median, take_turns
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
 

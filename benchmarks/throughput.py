@@ -26,35 +26,32 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from make_random import SHAPES, random_model
-from measuring import (
-    RESULTS,
-    Peer,
-    Run,
-    bf16_note,
-    circumstances,
-    disturbance,
-    keep,
-    median,
-    run_undisturbed,
-    table,
-    take_turns,
-    timings,
-)
+from measuring import RESULTS, bf16_note, circumstances, keep, table, timings
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.logging import disable_progress_bar
 
 import llama32
-from llama32.checkpoint import save
+from llama32.bench.turns import (
+    Peer,
+    Run,
+    disturbance,
+    median,
+    run_once,
+    run_undisturbed,
+    take_turns,
+)
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
 from llama32.generate import generate
 from llama32.model import Llama
+from llama32.saving import save
 from llama32.settings import Sampling
 
 
@@ -216,7 +213,9 @@ def compare(
         peer()
     by_padding(padding, [Asked(requests[0].prompt, 8)], size=1, is_sorted=False)()
     by_continuous(continuous, [Asked(requests[0].prompt, 8)], size=1)()
-    tried = {name: run_undisturbed(peer) for name, peer in (padded | packed).items()}
+    tried = {
+        name: run_undisturbed(partial(run_once, peer)) for name, peer in (padded | packed).items()
+    }
     best = [min(names, key=lambda name: tried[name].seconds) for names in (padded, packed)]
     chosen = dict.fromkeys([whole, *best])
     peers = ours | {name: (padded | packed)[name] for name in chosen}

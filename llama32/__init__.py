@@ -9,9 +9,11 @@ Shapes are written with the same letters everywhere:
     E  width of the residual stream  F  width of the mlp
 """
 
+from llama32.adapt.optimize import optimize
+from llama32.adapt.quantize import quantize
 from llama32.attention import eager, fused, mix, pattern
 from llama32.chat import Chat
-from llama32.checkpoint import inspect, save
+from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.engine.asynchronous import AsyncEngine
 from llama32.engine.engine import Engine
@@ -19,6 +21,7 @@ from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM
 from llama32.loading import load, load_model
 from llama32.model import Llama
+from llama32.saving import save
 from llama32.settings import Sampling
 from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
@@ -42,6 +45,8 @@ __all__ = [
     "load",
     "load_model",
     "mix",
+    "optimize",
     "pattern",
+    "quantize",
     "save",
 ]

@@ -1,30 +1,29 @@
-"""Files to model, and model to files.
+"""Files to model.
 
 `inspect(folder)` tells what a folder holds, from its headers alone; `load_model(folder)` makes it
-an nn.Module; `save(model, folder)` writes the Hub's layout, which the whole ecosystem reads.
+an nn.Module.
 """
 
 import dataclasses
-import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llama32.adapt.quantized import Layer, QuantizedLinear
+from llama32.adapt.tied import QuantizedEmbedding
 from llama32.config import LlamaConfig
 from llama32.layouts import (
     HUB_FILE,
     HUB_INDEX,
     META_FILES,
+    PARTS,
     Layout,
     MappedFiles,
     StoredTensor,
@@ -33,6 +32,7 @@ from llama32.layouts import (
     open_hub,
     open_meta,
     shapes,
+    skeleton,
 )
 from llama32.model import Llama
 
@@ -61,7 +61,8 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        return sum(tensor.shape.numel() for tensor in self.tensors.values())
+        plain = dataclasses.replace(self.config, quantization=None)
+        return sum(shape.numel() for shape in shapes(plain).values())
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +70,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of the weights are stored in."""
+        """What most of the weights are stored in; what a quantized model computes in."""
+        if self.config.quantization is not None:
+            return self.tensors["norm.weight"].dtype
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.shape.numel()
@@ -80,9 +83,10 @@ class Checkpoint:
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         embeddings = "tied" if self.config.tie_word_embeddings else "untied"
         bend = self.config.rope_scaling
+        kind = self.config.quantization or spelled(self.dtype)
         return (
             f"{self.folder}: {whose} layout, {files}, {self.nbytes / 1e6:,.1f} MB; "
-            f"{self.num_parameters:,} parameters in {_spelled(self.dtype)}, {embeddings} "
+            f"{self.num_parameters:,} parameters in {kind}, {embeddings} "
             f"embeddings, RoPE {f'slowed by {bend.factor:g}' if bend else 'without scaling'}"
         )
 
@@ -102,10 +106,9 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
     else:
         raise ValueError(f"{folder}: rope_factor is for Meta's layout; here config.json says it")
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
-    if odd := [name for name, tensor in stored.items() if tensor.dtype not in FLOATS]:
-        kind = _spelled(stored[odd[0]].dtype)
-        raise ValueError(f"{folder}: {few(odd)} in {kind}; only unquantized float weights load")
-    theirs = names(layout, config.num_hidden_layers)
+    if config.quantization is None:
+        _check_dtypes(folder, stored)
+    theirs = names(layout, config.num_hidden_layers, PARTS)
     embed, lm_head = stored.get(theirs["embed.weight"]), stored.get(theirs["lm_head.weight"])
     if config.tie_word_embeddings and embed and lm_head:
         if embed.dtype == lm_head.dtype and torch.equal(embed.read(), lm_head.read()):
@@ -116,7 +119,7 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
                 warnings.warn(f"{folder}: {UNTIED}", stacklevel=2)
     wanted = {theirs[name]: shape for name, shape in shapes(config).items()}
     found = {name: tensor.shape for name, tensor in stored.items()}
-    _check_shapes(folder, found, wanted, "only complete Llamas without biases or adapters load")
+    check_shapes(folder, found, wanted, "only complete Llamas without biases or adapters load")
     tensors = {ours: stored[name] for ours, name in theirs.items() if name in stored}
     return Checkpoint(folder, layout, config, tensors)
 
@@ -128,6 +131,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     rope_factor: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_layer: Callable[[Llama, str], None] | None = None,
 ) -> Llama:
     """The model in a folder, in either layout, as it is stored unless `dtype` says otherwise.
 
@@ -136,59 +140,61 @@ def load_model(
     that costs 0.2 s per GB once, but products with mapped weights are 10% slower every time, and
     a file that is changed or cut while it is mapped changes or kills the process. NaN and infinity
     are warned of; to look for them costs 0.04 s per GB. `on_progress(done, total)` counts the bytes
-    read. What was found is logged at level INFO. Whatever is wrong with the files is a ValueError
-    or a FileNotFoundError of one line.
+    read. `on_layer(model, name)` is called for each linear layer as soon as its weight is there,
+    and may put another in its place: then the model is never in memory as it is stored. What was
+    found is logged at level INFO. Whatever is wrong with the files is a ValueError or a
+    FileNotFoundError of one line.
     """
     if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype {dtype}: weights load in {', '.join(map(_spelled, FLOATS))}")
+        raise ValueError(f"dtype {dtype}: weights load in {', '.join(map(spelled, FLOATS))}")
     found = inspect(path, rope_factor=rope_factor)
     logger.info("%s", found)
     dtype = dtype or found.dtype
-    with torch.device("meta"):
-        model = Llama(found.config)
-    files = MappedFiles(budget=max(stored.nbytes for stored in found.tensors.values()))
+    model = skeleton(found.config, dtype)
+    files = MappedFiles(budget=found.nbytes // 32)
     done, total, broken = 0, found.nbytes, []
-    for name, stored in found.tensors.items():
-        weight = torch.empty(stored.shape, dtype=dtype, device=device)
-        stored.copy_to(weight, files)
-        if not torch.stack(weight.aminmax()).isfinite().all():
-            broken.append(stored.name)
-        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight)
-        done += stored.nbytes
+    for layer, parts in groupby(found.tensors, key=lambda name: name.rpartition(".")[0]):
+        for name in parts:
+            stored = found.tensors[name]
+            tensor = _read(stored, files, device, dtype)
+            if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+                broken.append(stored.name)
+            _place(model, name, tensor)
+            done += stored.nbytes
+        del tensor
+        if layer == "embed" and found.config.tie_word_embeddings:
+            layer = "lm_head"
+        if on_layer is not None and isinstance(model.get_submodule(layer), Layer):
+            on_layer(model, layer)
         if on_progress is not None:
             on_progress(done, total)
-    if found.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed.weight
     if broken:
         warnings.warn(f"{path}: NaN or infinity in {few(broken)}", stacklevel=2)
     return model.to(device)  # the weights are there already; this takes the rotary speeds along
 
 
-def save(model: Llama, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write config.json and the weights in the Hub's layout, in files of at most `max_shard_bytes`
-    (or one tensor).
+def _read(
+    stored: StoredTensor, files: MappedFiles, device: str | torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Weights and norms in `dtype`; what a quantized weight consists of as it is."""
+    is_cast = stored.name.endswith(".weight") and stored.dtype in FLOATS
+    tensor = torch.empty(stored.shape, dtype=dtype if is_cast else stored.dtype, device=device)
+    stored.copy_to(tensor, files)
+    return tensor
 
-    All is written aside and renamed at the end, so a full disk or a kill leaves what was there
-    whole. An older checkpoint in the folder is replaced; other files of it stay.
-    """
-    folder = Path(folder)
-    weights = dict(model.named_parameters())  # a tied lm_head is not named twice
-    config = dataclasses.replace(
-        model.config,
-        tie_word_embeddings="lm_head.weight" not in weights,
-        dtype=_spelled(next(iter(weights.values())).dtype),
-    )
-    found = {name: weight.shape for name, weight in weights.items()}
-    _check_shapes("model", found, shapes(config), "merge or remove adapters before saving")
-    hub = names("hub", config.num_hidden_layers)
-    shards = _shards({hub[name]: weight for name, weight in weights.items()}, max_shard_bytes)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-            _write(Path(aside), config, shards)
-            _move(Path(aside), folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: the checkpoint was not saved: {error}") from error
+
+def _place(model: Llama, name: str, tensor: Tensor) -> None:
+    """Put a tensor where its name says; what is tied to the embedding gets it, too."""
+    layer, _, part = name.rpartition(".")
+    module = model.get_submodule(layer)
+    if isinstance(module, QuantizedEmbedding):
+        module = module.layer
+    if isinstance(module, QuantizedLinear):
+        setattr(module, part, tensor)
+        return
+    module.weight = nn.Parameter(tensor)
+    if layer == "embed" and model.config.tie_word_embeddings:
+        model.lm_head.weight = module.weight
 
 
 def _find(folder: Path) -> tuple[Path, Layout]:
@@ -206,12 +212,19 @@ def _find(folder: Path) -> tuple[Path, Layout]:
     )
 
 
-def _check_shapes(
+def _check_dtypes(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    if odd := [name for name, tensor in stored.items() if tensor.dtype not in FLOATS]:
+        kind = spelled(stored[odd[0]].dtype)
+        raise ValueError(f"{folder}: {few(odd)} in {kind}; only float weights load")
+
+
+def check_shapes(
     where: object,
     found: Mapping[str, torch.Size],
     wanted: Mapping[str, torch.Size],
     advice: str,
 ) -> None:
+    """ValueError, with the advice, where tensors are missing, too many, or of other shapes."""
     if missing := wanted.keys() - found.keys():
         problem = f"{len(missing)} of {len(wanted)} tensors are missing: {few(missing)}"
     elif extra := found.keys() - wanted.keys():
@@ -224,43 +237,6 @@ def _check_shapes(
     raise ValueError(f"{where}: {problem}; {advice}")
 
 
-def _shards(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = weight.detach()
-        size += weight.nbytes
-    return shards
-
-
-def _write(folder: Path, config: LlamaConfig, shards: list[dict[str, Tensor]]) -> None:
-    (folder / "config.json").write_text(json.dumps(config.to_hub(), indent=2) + "\n")
-    places = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else HUB_FILE
-        on_cpu = {name: weight.cpu().contiguous() for name, weight in shard.items()}
-        save_file(on_cpu, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private
-        places |= dict.fromkeys(shard, file)
-    if shards[1:]:
-        size = sum(weight.nbytes for shard in shards for weight in shard.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (folder / HUB_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _move(aside: Path, folder: Path) -> None:
-    """Put the new files in place, then take away what an older checkpoint leaves beside them."""
-    new = sorted(file.name for file in aside.iterdir())
-    for name in new:
-        (aside / name).replace(folder / name)
-    for pattern in (HUB_FILE, HUB_INDEX, "model-*-of-*.safetensors"):
-        for old in folder.glob(pattern):
-            if old.name not in new:
-                old.unlink()
-
-
-def _spelled(dtype: torch.dtype) -> str:
+def spelled(dtype: torch.dtype) -> str:
+    """As config.json writes it."""
     return str(dtype).removeprefix("torch.")

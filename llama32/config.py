@@ -51,6 +51,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # any of these ends a text
     dtype: str | None = None  # what the weights are stored in, e.g. "bfloat16"
+    quantization: str | None = None  # "int8" or "int4", where `llama32.quantize` made the weights
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,11 +74,7 @@ class LlamaConfig:
         keys = _Keys(data, file="config.json")
         if (kind := keys.take("model_type", str, "llama")) != "llama":
             raise ValueError(f"config.json: model_type {kind!r} is not supported, only 'llama' is")
-        if "quantization_config" in keys.left:
-            raise ValueError(
-                "config.json: quantization_config: quantized weights do not load; take the "
-                "checkpoint that they were made from"
-            )
+        quantization = _scheme(keys.find("quantization_config", dict))
         for key, value in HUB_FIXED.items():
             if (found := keys.take(key, type(value), value)) != value:
                 raise ValueError(f"config.json: {key} {found!r} is not supported, only {value!r}")
@@ -104,6 +101,7 @@ class LlamaConfig:
             bos_token_id=keys.find("bos_token_id", int),
             eos_token_ids=tuple(eos),
             dtype=dtypes[0] or dtypes[1],
+            quantization=quantization,
         )
         keys.refuse_leftovers(HUB_METADATA)
         return config
@@ -155,9 +153,12 @@ class LlamaConfig:
         eos = list(data.pop("eos_token_ids"))
         data["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         data["torch_dtype"] = data.pop("dtype")
+        if (scheme := data.pop("quantization")) is not None:
+            data["quantization_config"] = {"quant_method": QUANT_METHOD, "scheme": scheme}
         return data
 
 
+QUANT_METHOD = "llama32"  # how config.json calls what `llama32.quantize` has made
 LLAMA3_BEND = RopeScaling(
     factor=8.0,
     low_freq_factor=1.0,
@@ -181,6 +182,18 @@ HUB_METADATA = frozenset(
     "transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache".split()
 )
 META_METADATA = frozenset(("max_batch_size", "model_parallel_size", "vocab_size"))
+
+
+def _scheme(quantization: Mapping[str, Any] | None) -> str | None:
+    """The scheme, of weights that this package has quantized; no others are understood."""
+    if quantization is None:
+        return None
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"config.json: quantization_config: only weights quantized by {QUANT_METHOD} load; "
+            "take the checkpoint that these were made from"
+        )
+    return quantization.get("scheme")
 
 
 def _rope_from_hub(keys: "_Keys") -> tuple[float, RopeScaling | None]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llama32.adapt.quantize import quantize
 from llama32.config import LlamaConfig
 from llama32.files import read_json
 from llama32.model import Llama
@@ -52,19 +53,43 @@ NAMES = (
 )
 
 
-def names(layout: Layout, num_layers: int) -> dict[str, str]:
-    """Our parameter names, each with its name in a layout."""
+# A weight in floats is one tensor. A quantized one has others beside it, called so by the Hub.
+PARTS = {"weight": "weight", "scale": "weight_scale", "zero": "weight_zero"}
+
+
+def names(layout: Layout, num_layers: int, parts: Collection[str] = ("weight",)) -> dict[str, str]:
+    """Our names of tensors, each with its name in a layout."""
     return {
-        f"{name.ours}.weight".format(i): f"{getattr(name, layout)}.weight".format(i)
+        f"{name.ours}.{part}".format(i): f"{getattr(name, layout)}.{PARTS[part]}".format(i)
         for name in NAMES
         for i in range(num_layers if "{}" in name.ours else 1)
+        for part in parts
+    }
+
+
+def skeleton(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
+    """The model without its weights, quantized as its config says. What else replaces its layers
+    takes the dtype of the norm for that of the activations."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.norm.to(dtype)
+    return model if config.quantization is None else quantize(model, config.quantization)
+
+
+def tensors(model: Llama) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name. A tied lm_head is the embedding: not named again."""
+    persistent = model.state_dict().keys()
+    found = (*model.named_parameters(), *model.named_buffers())
+    return {
+        name.replace("embed.layer.", "embed."): tensor
+        for name, tensor in found
+        if name in persistent
     }
 
 
 def shapes(config: LlamaConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter. A tied lm_head is the embedding, so it is not among them."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in Llama(config).named_parameters()}
+    """Of every tensor."""
+    return {name: tensor.shape for name, tensor in tensors(skeleton(config)).items()}
 
 
 class MappedFiles:
@@ -72,7 +97,7 @@ class MappedFiles:
 
     Pages that were read count as memory of this process until their file is unmapped. To map anew
     for every tensor would hold the least, but parses the pickles of Meta's layout hundreds of
-    times; with the largest tensor as the budget, the peak is the same and it happens a few times.
+    times.
     """
 
     def __init__(self, budget: int) -> None:

@@ -1,12 +1,15 @@
 """A name becomes a model to use: weights, tokenizer, chat format and settings of one checkpoint."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama32 import checkpoint
+from llama32.adapt.optimize import Optimizer
+from llama32.adapt.quantize import quantize_layer
 from llama32.chat import Chat, Control
 from llama32.config import LlamaConfig
 from llama32.engine.settings import EngineSettings
@@ -24,16 +27,33 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     rope_factor: float | None = None,
+    quantize: str | None = None,
+    optimize: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """The model alone, an nn.Module: from a folder, a Hub id, or "tiny".
 
     It comes in the dtype that it is stored in unless `dtype` says otherwise. `rope_factor` is for
-    Meta's layout, which does not say it. `on_progress(done, total)` counts the bytes read.
+    Meta's layout, which does not say it. `quantize` ("int8" or "int4") and `optimize` are
+    `llama32.quantize` and `llama32.optimize`, done to each layer as it is read, so that the model
+    is never in memory in another form. `on_progress(done, total)` counts the bytes read.
     """
     return checkpoint.load_model(
-        resolve(name), device=device, dtype=dtype, rope_factor=rope_factor, on_progress=on_progress
+        resolve(name),
+        device=device,
+        dtype=dtype,
+        rope_factor=rope_factor,
+        on_progress=on_progress,
+        on_layer=partial(adapt, quantize, Optimizer() if optimize else None),
     )
+
+
+def adapt(scheme: str | None, optimizer: Optimizer | None, model: Llama, name: str) -> None:
+    """What is asked for, done to one layer."""
+    if scheme is not None:
+        quantize_layer(model, name, scheme)
+    if optimizer is not None:
+        optimizer.replace(model, name)
 
 
 def load(
@@ -42,6 +62,8 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     rope_factor: float | None = None,
+    quantize: str | None = None,
+    optimize: bool = False,
     chat_style: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     engine: EngineSettings | None = None,
@@ -49,14 +71,21 @@ def load(
     """Load a checkpoint whole: a folder, a Hub id, or "tiny", which ships with the package.
 
     By default it goes to the GPU if there is one, in the dtype it is stored in. `rope_factor`
-    overrides what is derived for Meta's layout, which does not say it. `chat_style` is "hub" or
+    overrides what is derived for Meta's layout, which does not say it. `quantize` and `optimize`
+    are as for `load_model`. `chat_style` is "hub" or
     "meta"; None takes "hub" if the checkpoint comes with a chat template in Llama 3's format.
     `engine` says how many requests run at once, and in how much memory.
     """
     folder = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoint.load_model(
-        folder, device=device, dtype=dtype, rope_factor=rope_factor, on_progress=on_progress
+    model = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        rope_factor=rope_factor,
+        quantize=quantize,
+        optimize=optimize,
+        on_progress=on_progress,
     )
     return assemble(folder, model, chat_style, engine)
 

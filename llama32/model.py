@@ -149,5 +149,5 @@ class Llama(nn.Module):
         """Every move or cast of the module comes through here, and no cast may reach the
         rotary speeds: in bf16 the angles of a long context are noise."""
         super()._apply(fn, recurse)
-        self.rotary_speeds = rotary_speeds(self.config).to(self.embed.weight.device)
+        self.rotary_speeds = rotary_speeds(self.config).to(self.norm.weight.device)
         return self

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from llama32.checkpoint import save
 from llama32.config import LlamaConfig
 from llama32.model import Llama
+from llama32.saving import save
 from llama32.tokenizer import Tokenizer
 from tests.checkpoints import tiny_config
 from tests.tokenizers import byte_tokenizer_json

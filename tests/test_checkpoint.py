@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llama32.checkpoint import inspect, load_model, save
+from llama32.checkpoint import inspect, load_model
 from llama32.layouts import NAMES, names
 from llama32.model import Llama
 from llama32.rope import rotary_speeds
+from llama32.saving import save
 from tests.checkpoints import (
     edit_json,
     edit_tensors,

@@ -281,7 +281,10 @@ def test_a_config_is_written_with_the_values_of_the_published_file(published):
         ({"attention_bias": True}, "attention_bias True is not supported, only False"),
         ({"mlp_bias": True}, "mlp_bias True is not supported, only False"),
         ({"rope_interleaved": True}, "rope_interleaved True is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: quantized weights do not"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "only weights quantized by llama32",
+        ),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "2048"}, "hidden_size has the wrong type: '2048'"),
         ({"hidden_size": 2048.0}, "hidden_size has the wrong type: 2048.0"),

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import llama32.hub
-from llama32.checkpoint import load_model, save
+from llama32.checkpoint import load_model
 from llama32.hub import download, resolve
+from llama32.saving import save
 from tests.checkpoints import random_model, tiny_config, write_meta
 
 REPO = "org/some-Llama_3.2"

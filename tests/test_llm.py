@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama32.checkpoint import save
 from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM, mean_logprob
 from llama32.loading import assemble, eos_ids, has_chat_template, load
 from llama32.sampling import derive_seed
+from llama32.saving import save
 from llama32.settings import Sampling
 from llama32.tokenizer import Tokenizer
 from tests.alphabet import ALPHABET, alphabet_checkpoint

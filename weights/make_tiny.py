@@ -21,9 +21,9 @@ from tokenizers import Tokenizer as HubTokenizer
 
 from llama32.bpe import LLAMA3_PATTERN
 from llama32.chat import Chat
-from llama32.checkpoint import save
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
+from llama32.saving import save
 from llama32.tokenizer import Tokenizer
 from llama32.train import Recipe, initialize, pack, train
 

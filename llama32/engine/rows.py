@@ -135,7 +135,7 @@ class Probe:
     def _try(self, rows: int) -> bool:
         weight = self._model.norm.weight
         noise = torch.Generator().manual_seed(0)
-        shape = round_up(rows, self.canonical), self._model.embed.weight.shape[1]
+        shape = round_up(rows, self.canonical), len(weight)
         x = torch.randn(shape, generator=noise).to(weight.device, weight.dtype)
         positions = torch.randint(1000, shape[:1], generator=noise).to(weight.device)
         cut = zip(x.split(self.canonical), positions.split(self.canonical), strict=True)
@@ -166,6 +166,6 @@ def attend_to_self(
 
 def signature(module: nn.Module) -> tuple:
     """What decides how a module computes: its parts, their shapes and dtypes, not their values."""
-    parts = tuple((name, type(part)) for name, part in module.named_modules())
+    parts = tuple((name, type(part), part.extra_repr()) for name, part in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
     return parts, tuple((name, x.shape, x.dtype, x.device) for name, x in tensors)

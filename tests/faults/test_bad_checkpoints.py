@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama32.checkpoint import inspect, load_model, save
+from llama32.checkpoint import inspect, load_model
+from llama32.saving import save
 from tests.checkpoints import edit_json, edit_tensors, random_model, tiny_config, write_meta
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -236,7 +237,7 @@ def test_a_vocabulary_that_differs_from_the_config(hub):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_weights_that_are_not_plain_floats(hub, dtype):
     edit_tensors(hub, lambda t: t.update({UP: t[UP].to(dtype)}))
-    refuses(hub, UP, str(dtype).removeprefix("torch."), "only unquantized float weights load")
+    refuses(hub, UP, str(dtype).removeprefix("torch."), "only float weights load")
 
 
 def test_a_dtype_that_weights_cannot_have(hub):
@@ -303,7 +304,7 @@ def test_configs_that_are_refused_name_the_file(hub):
     for changes, said in (
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights do not load"),
+        ({"quantization_config": {"bits": 4}}, "only weights quantized by llama32 load"),
         ({"sliding_window": 4096}, "unknown key sliding_window"),
         ({"head_dim": 11}, "head_dim 11 is odd"),
     ):

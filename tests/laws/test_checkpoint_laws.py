@@ -8,9 +8,12 @@ import sys
 import pytest
 import torch
 
-from llama32.checkpoint import inspect, load_model, save
+import llama32
+from llama32.adapt.quantize import quantize
+from llama32.checkpoint import inspect, load_model
 from llama32.model import Llama
-from tests.checkpoints import LLAMA3, random_model, tiny_config, write_meta
+from llama32.saving import save
+from tests.checkpoints import LLAMA3, edit_json, random_model, tiny_config, write_meta
 
 SHAPES = {
     "tied": {},
@@ -83,6 +86,7 @@ def test_both_layouts_of_a_trained_model_give_the_same_logits(reference):
 MEASURE = """
 import os, re, sys
 import torch
+from llama32.adapt.quantize import quantize
 from llama32.checkpoint import load_model
 
 def resident(key):
@@ -130,3 +134,35 @@ def test_loading_holds_no_more_than_the_weights_and_the_largest_tensor(tmp_path)
         around = 2_000_000  # whatever the size, the kernel maps a little more than is read
         allowed = 1.05 * found.num_parameters * dtype.itemsize + largest + around
         assert peak <= allowed, f"{folder.name} as {dtype}: {peak:,} of {allowed:,.0f} bytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_model_is_loaded_as_it_was_saved(scheme, tied, dtype, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = random_model(tiny_config(tie_word_embeddings=tied, **sizes), dtype=dtype)
+    quantize(model, scheme)
+    save(model, tmp_path, max_shard_bytes=30_000)
+    loaded = load_model(tmp_path)
+    assert loaded.config == dataclasses.replace(
+        model.config, dtype=str(dtype).removeprefix("torch."), quantization=scheme
+    )
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model(TOKENS), loaded(TOKENS))
+
+
+def test_quantizing_while_loading_is_quantizing_what_was_loaded(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    save(random_model(tiny_config(**sizes)), tmp_path)
+    at_once = llama32.load_model(tmp_path, quantize="int4")
+    assert torch.equal(at_once(TOKENS), quantize(load_model(tmp_path), "int4")(TOKENS))
+
+
+def test_a_checkpoint_of_another_quantizer_is_refused_by_name(tmp_path):
+    save(quantize(random_model(tiny_config()), "int8"), tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="only weights quantized by llama32 load"):
+        load_model(tmp_path)

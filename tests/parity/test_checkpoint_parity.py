@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as HubConfig
 
-from llama32.checkpoint import load_model, save
+from llama32.checkpoint import load_model
 from llama32.layouts import names
+from llama32.saving import save
 from tests.checkpoints import HUB_LLAMA3, HUB_PLAIN, edit_json, random_model, tiny_config
 
 TOKENS = torch.arange(160).reshape(2, 80)

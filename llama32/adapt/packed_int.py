@@ -1,0 +1,171 @@
+"""Packed forms of quantized layers: by products of integers, or by turning them into floats."""
+
+import warnings
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llama32.adapt.packed import PackedLinear, has_fbgemm, on_x86
+from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear, Layer
+
+EXACT_ROWS = 64
+
+
+class RowInt8Linear(PackedLinear):
+    """Integers times integers: each row of the activations is rounded to integers, too, in steps of
+    its own.
+
+    With one step for all rows, as in PyTorch's dynamic quantization, a row would depend on its
+    company, and lose bits to the largest of them. Integers add up exactly, so here a row has the
+    same bits in any company.
+
+    With `fine`, what was rounded off is rounded in smaller steps and multiplied as well, as more
+    rows of the same product: while few rows are bound by memory it costs next to nothing, and for
+    many twice the arithmetic. (The split of LLM.int8, Dettmers et al. 2022, by value, not by
+    column)
+    """
+
+    bits: ClassVar[int] = 8  # of the activations
+
+    def __init__(self, leaf: Int8Linear, *, fine: bool = False) -> None:
+        super().__init__(leaf)
+        self.scale = leaf.scale
+        self.fine = fine
+
+    @property
+    def top(self) -> int:
+        """The largest integer that stands for an activation."""
+        return 2 ** (self.bits - 1) - 1
+
+    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        wide = x.reshape(-1, x.shape[-1]).float()
+        step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
+        coarse = (wide / step).round_()
+        if self.fine:
+            small = step / (2 * self.top)  # what is left is at most half a step
+            rest = ((wide - coarse * step) / small).round_()
+            large, less = self.product(torch.cat([coarse, rest])).chunk(2)
+            y = large * step + less * small
+        else:
+            y = self.product(coarse) * step
+        return y.type_as(x).view(*x.shape[:-1], self.shape[0])
+
+    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        """Of whole steps, at most `top` to either side."""
+        raise NotImplementedError
+
+    @classmethod
+    def is_exact(cls) -> bool:
+        """Whether sums are what they should be. Without instructions for it some kernels add pairs
+        of products in 16 bits, where the largest do not fit."""
+        ones = torch.full((EXACT_ROWS, 256), 127, dtype=torch.int8)
+        layer = cls(Int8Linear(ones, torch.ones(len(ones))))
+        steps = torch.full((3, 256), float(layer.top))
+        return bool((layer.product(steps) == 256 * 127 * layer.top).all())
+
+
+class OneDNNInt8Linear(RowInt8Linear):
+    """By oneDNN, with its instructions for dot products of bytes."""
+
+    title = "oneDNN, int8 activations by row"
+    unpacks = True
+
+    @classmethod
+    def fits(cls, leaf: Layer) -> bool:
+        return type(leaf) is Int8Linear and on_x86(leaf) and cls.is_exact()
+
+    def __init__(self, leaf: Int8Linear, *, fine: bool = False) -> None:
+        super().__init__(leaf, fine=fine)
+        self.packed = torch.ops.onednn.qlinear_prepack(leaf.weight, [1, leaf.weight.shape[1]])
+        self.zeros = torch.zeros(len(leaf.weight), dtype=torch.int64)
+
+    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        zero = self.top + 1
+        return torch.ops.onednn.qlinear_pointwise(
+            (steps + zero).to(torch.uint8), 1.0, zero, self.packed, self.scale, self.zeros,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        return Int8Linear(self.packed.to_dense().mT, self.scale).dequantized()
+
+
+class FBGEMMInt8Linear(RowInt8Linear):
+    """By FBGEMM."""
+
+    title = "FBGEMM, int8 activations by row"
+
+    @classmethod
+    def fits(cls, leaf: Layer) -> bool:
+        return type(leaf) is Int8Linear and has_fbgemm(leaf) and cls.is_exact()
+
+    def __init__(self, leaf: Int8Linear, *, fine: bool = False) -> None:
+        super().__init__(leaf, fine=fine)
+        zeros = torch.zeros(len(leaf.weight), dtype=torch.int64)
+        with warnings.catch_warnings():  # of the tensor type: `has_fbgemm` looks whether it is left
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            make = torch._make_per_channel_quantized_tensor  # pyright: ignore
+            weight = make(leaf.weight, leaf.scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(weight, None)
+
+    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return multiply(steps, 1.0, self.top + 1, self.packed)
+
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+
+
+class FBGEMMInt7Linear(FBGEMMInt8Linear):
+    """With a bit less, so that no pair of products overflows where FBGEMM adds them in 16 bits."""
+
+    title = "FBGEMM, 7-bit activations by row"
+    bits = 7
+
+
+class WeightOnlyInt8Linear(PackedLinear):
+    """Bytes that are turned to floats as they are read: exact in the activations, slow for many."""
+
+    title = "int8 weights, float activations"
+    scale: Float[Tensor, " out"]
+
+    @classmethod
+    def fits(cls, leaf: Layer) -> bool:
+        return type(leaf) is Int8Linear
+
+    def __init__(self, leaf: Int8Linear) -> None:
+        super().__init__(leaf)
+        self.packed, self.scale = leaf.weight, leaf.scale
+
+    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale.type_as(x))
+        return y.view(*x.shape[:-1], len(self.packed))
+
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        return Int8Linear(self.packed, self.scale).dequantized()
+
+
+class CPUInt4Linear(PackedLinear):
+    """Four bits, turned to bf16 as they are read."""
+
+    title = "int4 weights, bf16 activations"
+
+    @classmethod
+    def fits(cls, leaf: Layer) -> bool:
+        if type(leaf) is not Int4Linear or leaf.weight.device.type != "cpu":
+            return False
+        return leaf.weight.shape[0] % 16 == 0
+
+    def __init__(self, leaf: Int4Linear) -> None:
+        super().__init__(leaf)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(leaf.integers.int(), 1)
+        self.scales = torch.stack([leaf.scale, leaf.zero], dim=-1).transpose(0, 1).contiguous()
+
+    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = multiply(rows, self.packed, GROUP, self.scales).type_as(x)
+        return y.view(*x.shape[:-1], self.shape[0])
