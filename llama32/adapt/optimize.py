@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -102,7 +101,7 @@ class Optimizer:
         form = self.choose(layer, model.norm.weight.dtype).best.form
         if form is None:
             return
-        pack: Callable[[Any], PackedLinear] = form
+        pack: Callable[..., PackedLinear] = form
         if issubclass(form, RowInt8Linear) and name.endswith(FINE):
             pack = partial(form, fine=True)
         if name == "lm_head" and form.unpacks and is_tied(model):

@@ -40,7 +40,7 @@ def tables(plan: Plan, found: Measured) -> list[Table]:
     return [
         Table(["tokens/s", *names], [[t, *speeds(plan, found, t)] for t in found.runs]),
         Table(
-            [f"{names[0]}: times as fast as", *names[1:]],
+            compared,
             [[t, *ratios(found, t)] for t in found.runs],
         ),
         Table(["", *names], resources(plan, found)),

@@ -42,7 +42,7 @@ class Worker:
         )
         self.loading = self._answer()
 
-    def ask(self, what: str, **of: Any) -> dict[str, float]:
+    def ask(self, what: str, **of: Any) -> dict[str, Any]:
         """What the worker answers."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps({"what": what, **of}) + "\n")
@@ -56,15 +56,15 @@ class Worker:
 
     def close(self) -> None:
         """End it."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes what leads there, and waits
+            pass
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"bench: the process of {self.title} ended with {self.process.wait()}")
+            self.close()
+            raise ValueError(f"the process of {self.title} ended with {self.process.returncode}")
         return json.loads(line)
 
 
