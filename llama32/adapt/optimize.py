@@ -41,9 +41,6 @@ FORMS: tuple[Form, ...] = (
     WeightOnlyInt8Linear,
     CPUInt4Linear,
 )
-# Their inputs have a few entries that are far larger than the rest, a product of two activations
-# each; and from the other comes every logit. (their share in the error: quantization.md)
-FINE = "down_proj", "lm_head"
 ROWS = 1, 8, 128  # one request decoding, several, and a prompt: what a form is judged by
 MANY = 128
 TURNS = 3
@@ -99,10 +96,10 @@ class Optimizer:
                 f"optimize: {name} has hooks, which would be lost; take them off first"
             )
         form = self.choose(layer, model.norm.weight.dtype).best.form
-        if form is None:
+        if form is None or not form.fits(layer):  # it fitted the first of its kind
             return
         pack: Callable[..., PackedLinear] = form
-        if issubclass(form, RowInt8Linear) and name.endswith(FINE):
+        if issubclass(form, RowInt8Linear) and name.endswith(form.FINE):
             pack = partial(form, fine=True)
         if name == "lm_head" and form.unpacks and is_tied(model):
             head = PackedHead([pack(part) for part in cut(layer, BLOCK)])

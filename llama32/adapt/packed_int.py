@@ -28,6 +28,9 @@ class RowInt8Linear(PackedLinear):
     """
 
     bits: ClassVar[int] = 8  # of the activations
+    # Which layers are made fine. A few inputs of the first are far larger than the rest, a product
+    # of two activations each; and of the other comes every logit.
+    FINE: ClassVar[tuple[str, ...]] = ("down_proj", "lm_head")
 
     def __init__(self, leaf: Int8Linear, *, fine: bool = False) -> None:
         super().__init__(leaf)
@@ -123,6 +126,7 @@ class FBGEMMInt7Linear(FBGEMMInt8Linear):
 
     title = "FBGEMM, 7-bit activations by row"
     bits = 7
+    FINE = ("_proj", "lm_head")  # all
 
 
 class WeightOnlyInt8Linear(PackedLinear):
@@ -133,7 +137,8 @@ class WeightOnlyInt8Linear(PackedLinear):
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
-        return type(leaf) is Int8Linear
+        # What PyTorch reads at once; of a rest it would read beyond the weight's end.
+        return type(leaf) is Int8Linear and leaf.in_features % 32 == 0
 
     def __init__(self, leaf: Int8Linear) -> None:
         super().__init__(leaf)

@@ -8,7 +8,7 @@ from llama32 import Engine, EngineSettings, Sampling, load_model
 from llama32.adapt import optimize as module
 from llama32.adapt.optimize import ROWS, Choice, Optimizer, Trial, cut, optimize
 from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, TiledLinear
-from llama32.adapt.packed_int import OneDNNInt8Linear
+from llama32.adapt.packed_int import OneDNNInt8Linear, WeightOnlyInt8Linear
 from llama32.adapt.quantize import quantize
 from llama32.adapt.quantized import Int4Linear, Int8Linear
 from llama32.adapt.tied import PackedEmbedding, PackedHead
@@ -113,6 +113,16 @@ def test_forms_are_tried_on_pieces_of_the_model_in_turns(monkeypatch):
     assert [len(x) for _, x in seen] == [n for n in ROWS for _ in range(module.TURNS * 2)]
     assert [type(parts[0]) for parts, _ in seen[:4]] == [nn.Linear, TiledLinear] * 2
     assert len(seen[0][0]) == 4
+
+
+def test_a_layer_that_the_form_of_its_kind_does_not_fit_stays_as_it_is(only):
+    model = quantize(small(intermediate_size=108), "int8")
+    only(WeightOnlyInt8Linear)
+    optimize(model)
+    kinds = leaves(model)
+    assert kinds["layers.0.mlp.up_proj"] is WeightOnlyInt8Linear
+    assert kinds["layers.0.mlp.down_proj"] is Int8Linear
+    assert model(TOKENS).isfinite().all()
 
 
 def test_a_layer_is_cut_into_rows():

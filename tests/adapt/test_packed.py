@@ -142,6 +142,21 @@ def test_weight_only_int8_leaves_the_activations_alone(rows):
     assert torch.equal(WeightOnlyInt8Linear(layer).unpacked(), layer.dequantized())
 
 
+def test_weight_only_int8_leaves_rows_that_it_would_read_beyond_to_others():
+    assert WeightOnlyInt8Linear.fits(Int8Linear.of(torch.ones(5, 32)))
+    assert not WeightOnlyInt8Linear.fits(Int8Linear.of(torch.ones(5, 44)))
+
+
+@pytest.mark.parametrize("columns", [8, 44, 172])
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_widths_are_multiplied_rightly_or_not_at_all(form, columns):
+    for layer in (plain(rows=7, columns=columns), Int8Linear.of(plain(columns=columns).weight)):
+        if form.fits(layer):
+            wide = layer.weight if type(layer) is nn.Linear else layer.dequantized()
+            x = inputs(3, columns)
+            assert distance(form(layer)(x), exact(x, wide)) < 0.05
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_int4_on_a_cpu_is_the_plain_product(rows):
     layer = Int4Linear.of(plain().weight)

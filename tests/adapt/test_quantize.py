@@ -30,6 +30,13 @@ def test_all_layers_are_quantized_and_the_head_in_eight_bits(scheme, form):
     assert type(model.lm_head) is Int8Linear
 
 
+def test_rows_that_groups_of_int4_do_not_fill_get_int8():
+    model = quantize(small(intermediate_size=112), "int4")
+    kinds = {name: type(part) for name, part in model.named_modules()}
+    assert kinds["layers.0.mlp.up_proj"] is Int4Linear
+    assert kinds["layers.0.mlp.down_proj"] is Int8Linear
+
+
 def test_a_tied_embedding_reads_the_head():
     model = small()
     rows = Int8Linear.of(model.embed.weight).dequantized()
