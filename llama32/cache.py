@@ -7,12 +7,14 @@ cache is the same thing with one page. (PagedAttention, Kwon et al. 2023)
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llama32.attention import Attend
 from llama32.batch import Batch
 from llama32.config import LlamaConfig
 from llama32.flash import LONGEST_PAGE, fastest
@@ -43,8 +45,8 @@ class PagedCache:
         slots = config.num_hidden_layers, num_pages, page_size
         shape = (*slots, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a kernel that reads a whole page multiplies its unused slots by 0.
-        self.keys = _zeros(shape, dtype, torch.device(device))
-        self.values = _zeros(shape, dtype, torch.device(device))
+        self.keys = zeros(shape, dtype, torch.device(device))
+        self.values = zeros(shape, dtype, torch.device(device))
         self.page_size = page_size
         self.free = list(reversed(range(num_pages)))  # taken from the end: lowest page first
         device = self.keys.device
@@ -65,7 +67,7 @@ class PagedCache:
         self.free.extend(reversed(pages))
         pages.clear()
 
-    def attends(self, batch: Batch) -> list["CachedAttention"]:
+    def attends(self, batch: Batch) -> Sequence[Attend]:
         """One attention for each layer, all reading and writing the same slots."""
         layers = zip(self.keys, self.values, strict=True)
         return [CachedAttention(keys, values, batch, self.attend) for keys, values in layers]
@@ -77,7 +79,7 @@ def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * width * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU straight from the system, which hands out zeros and no memory before it is written:
     a large cache then costs what is used of it."""
     if device.type != "cpu":

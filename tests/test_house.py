@@ -15,7 +15,7 @@ FLOORS = (
     ("rope", "paged", "chat", "adapt.packed"),
     ("flash", "model", "adapt.packed_int"),
     ("cache", "adapt.tied"),
-    ("adapt.quantize", "adapt.optimize"),
+    ("adapt.quantize", "adapt.optimize", "int8_cache"),
     ("layouts",),
     ("checkpoint", "generate", "train"),
     ("hub", "saving"),
@@ -97,7 +97,7 @@ def test_the_heart_can_be_read_in_one_sitting():
     assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
 
 
-@pytest.mark.parametrize(("part", "limit"), [("", 6000), ("adapt", 1500), ("bench", 800)])
+@pytest.mark.parametrize(("part", "limit"), [("", 6700), ("adapt", 1500), ("bench", 800)])
 def test_each_part_of_the_house_keeps_its_size(part, limit):
     """The model, its checkpoints and its engine; what changes it; what measures it."""
     own = [path for path in FILES if path.parent.name == part]
