@@ -61,7 +61,7 @@ def in_form(folder: Path | str, scheme: str | None, form: type[PackedLinear]) ->
     where it fits none of its blocks."""
     model = llama32.load_model(folder, quantize=scheme)
     usual, trial = optimizing.FORMS, optimizing.try_all
-    layer = model.layers[0].mlp.up_proj
+    layer: Any = model.get_submodule("layers.0.mlp.up_proj")
     if not form.fits(layer):
         return None
     optimizing.FORMS = (form, *(other for other in usual if not other.fits(layer)))

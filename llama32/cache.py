@@ -9,12 +9,12 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llama32.attention import Attend
 from llama32.batch import Batch
 from llama32.config import LlamaConfig
 from llama32.flash import LONGEST_PAGE, fastest
@@ -67,7 +67,7 @@ class PagedCache:
         self.free.extend(reversed(pages))
         pages.clear()
 
-    def attends(self, batch: Batch) -> Sequence[Attend]:
+    def attends(self, batch: Batch) -> Sequence[Any]:
         """One attention for each layer, all reading and writing the same slots."""
         layers = zip(self.keys, self.values, strict=True)
         return [CachedAttention(keys, values, batch, self.attend) for keys, values in layers]

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from llama32.attention import Attend
 from llama32.batch import Batch
 from llama32.cache import PAGE_SIZE, PagedCache, zeros
 from llama32.config import LlamaConfig
@@ -47,7 +46,7 @@ class Int8Cache(PagedCache):
         self.key_scales = zeros(shape, torch.float32, device)
         self.value_scales = zeros(shape, torch.float32, device)
 
-    def attends(self, batch: Batch) -> list[Attend]:
+    def attends(self, batch: Batch) -> list["Int8Attention"]:
         """One attention for each layer. All read the same pages, which lie in a row for them."""
         pages, compact = in_a_row(batch)
         pools = zip(self.keys, self.key_scales, self.values, self.value_scales, strict=True)
@@ -96,8 +95,8 @@ class Int8Attention:
     ) -> Float[Tensor, "N H D"]:
         self.keys.write(self.batch.slots, k)
         self.values.write(self.batch.slots, v)
-        pools = (pool.read(self.pages, self.cache.dtype) for pool in (self.keys, self.values))
-        return self.cache.attend(q, *pools, self.compact)
+        k, v = (pool.read(self.pages, self.cache.dtype) for pool in (self.keys, self.values))
+        return self.cache.attend(q, k, v, self.compact)
 
 
 def in_a_row(batch: Batch) -> tuple[Int[Tensor, " n"], Batch]:

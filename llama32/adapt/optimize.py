@@ -8,7 +8,7 @@ race. It takes the first in the list that fits.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -98,9 +98,8 @@ class Optimizer:
         form = self.choose(layer, model.norm.weight.dtype).best.form
         if form is None or not form.fits(layer):  # it fitted the first of its kind
             return
-        pack: Callable[..., PackedLinear] = form
-        if issubclass(form, RowInt8Linear) and name.endswith(form.FINE):
-            pack = partial(form, fine=True)
+        is_fine = issubclass(form, RowInt8Linear) and name.endswith(form.FINE)
+        pack = partial(form, **{"fine": True} if is_fine else {})
         if name == "lm_head" and form.unpacks and is_tied(model):
             head = PackedHead([pack(part) for part in cut(layer, BLOCK)])
             model.set_submodule("lm_head", head)
