@@ -17,6 +17,7 @@ from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.engine.asynchronous import AsyncEngine
 from llama32.engine.engine import Engine
+from llama32.engine.lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM
 from llama32.loading import load, load_model
@@ -34,6 +35,7 @@ __all__ = [
     "EngineSettings",
     "Llama",
     "LlamaConfig",
+    "PromptLookup",
     "Result",
     "RopeScaling",
     "Sampling",

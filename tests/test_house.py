@@ -19,10 +19,10 @@ FLOORS = (
     ("layouts",),
     ("checkpoint", "generate", "train"),
     ("hub", "saving"),
-    ("engine.__init__", "engine.pages", "engine.prefix", "engine.settings"),
+    ("engine.__init__", "engine.pages", "engine.prefix", "engine.stats"),
     ("engine.request",),
-    ("engine.scheduler",),
-    ("engine.memory", "engine.rows"),
+    ("engine.scheduler", "engine.settings"),
+    ("engine.lookup", "engine.memory", "engine.rows", "engine.speculation"),
     ("engine.runner",),
     ("engine.engine",),
     ("engine.asynchronous", "progress", "stream"),
@@ -38,8 +38,9 @@ FLOORS = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-PLANS = ("engine.pages", "engine.prefix", "engine.request", "engine.scheduler", "engine.settings")
-NO_TORCH = ("config", "files", "settings", "stopping", "bpe", "tokenizer", "chat", *PLANS)
+PLANS = ("pages", "prefix", "request", "scheduler", "settings", "speculation", "lookup", "stats")
+NO_TORCH = ("config", "files", "settings", "stopping", "bpe", "tokenizer", "chat")
+NO_TORCH += tuple(f"engine.{module}" for module in PLANS)
 
 # Where code that is not ours runs, or a thread ends: what it raises is carried to its owner.
 CARRIES_ERRORS = ("engine.engine", "engine.asynchronous")

@@ -12,7 +12,7 @@ and one lock is around it all, so threads may share an engine.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from secrets import randbits
 from threading import RLock
 from typing import Protocol, runtime_checkable
@@ -22,6 +22,8 @@ from llama32.engine.request import Request
 from llama32.engine.runner import Drawn, Runner
 from llama32.engine.scheduler import Scheduler, Step
 from llama32.engine.settings import EngineSettings
+from llama32.engine.speculation import Speculator, in_turns
+from llama32.engine.stats import Stats
 from llama32.generate import Token, check_prompt
 from llama32.model import Llama
 from llama32.settings import Sampling
@@ -42,27 +44,6 @@ class Runs(Protocol):
     def forget(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What an engine has done so far, and what it holds now. Counts are of tokens unless named."""
-
-    steps: int
-    prompt_computed: int  # of the prompts that were read, what went through the model
-    prompt_cached: int  # and what was found in the cache
-    generated: int
-    preemptions: int
-    running: int  # requests
-    waiting: int  # requests
-    pages_held: int
-    pages_idle: int  # remembered, and free to be taken
-    pages: int
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of prompt tokens that was found in the cache."""
-        return self.prompt_cached / max(self.prompt_cached + self.prompt_computed, 1)
-
-
 class Engine:
     """Continuous batching: requests come and go between steps, and share the pages of one cache.
 
@@ -76,12 +57,19 @@ class Engine:
             runner.page_size,
             max_running=settings.max_running,
             prefill_tokens=settings.prefill_tokens,
+            on_release=self._release,
         )
         self.deterministic = runner.deterministic
         self._runner: Runs | None = runner
         self._fingerprint = runner.fingerprint()
         self._lock = RLock()
         self._counts = Counter()
+        self._speculator: Speculator | None = None
+        if settings.speculation is not None:
+            size, tokens = runner.page_size, runner.page_size * runner.num_pages
+            found = replace(settings, page_size=size, cache_tokens=tokens, cache_bytes=None)
+            drafter = settings.speculation.drafter(runner.config, found)
+            self._speculator = Speculator(drafter, settings.speculation.num_tokens)
 
     @classmethod
     def of(cls, model: Llama, settings: EngineSettings | None = None) -> "Engine":
@@ -131,27 +119,32 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Request]:
-        """Move all that run by one step; returns those that got a token or ended.
+        """Move all that run by one step; returns those that got a token, or several, or ended.
 
         What the model raises comes out here, and leaves every request as it was before.
         """
         with self._lock:
             runner = self._open()
             step = self.scheduler.plan()
+            if self._speculator is not None:
+                step = self._speculator.lengthen(step, self.scheduler)
             drawn = runner.run(step)
             self.scheduler.advance(step)
             self._counts["steps"] += 1
-            for one in drawn:
-                self._keep(one)
-            # Only when all is in order may strangers' code run: it might stop, or abort another.
-            reached = {work.request: work.stop for work in (*step.prefill, *step.decode)}
-            for request, stop in reached.items():
-                if request.on_prefill and len(request.output) <= 1:
-                    self._call(request, request.on_prefill, stop, len(request.prompt))
-            for one in drawn:
-                if one.request.on_token and one.error is None:
-                    self._call(one.request, one.request.on_token, one.request.tokens[-1])
-            return [one.request for one in drawn]
+            self._learn(drawn)
+            before = {one.request: one.request.length for one in drawn}
+            for n, turn in enumerate(in_turns(drawn)):
+                due = [one for one in turn if self._is_due(one.request, before[one.request] + n)]
+                for one in due:
+                    self._keep(one)
+                # Only when all is in order may strangers' code run: it might stop, or abort
+                # another.
+                if n == 0:
+                    self._report(step)
+                for one in due:
+                    if one.request.on_token and one.error is None:
+                        self._call(one.request, one.request.on_token, one.request.tokens[-1])
+            return list(before)
 
     def wait(self, request: Request, seen: int) -> None:
         """Step until it has more than `seen` tokens, or its end."""
@@ -192,7 +185,7 @@ class Engine:
             for request in (*self.scheduler.running, *self.scheduler.waiting):
                 self._end(request, "abort")
             self.scheduler.forget_prefixes()
-            self._runner = None
+            self._runner = self._speculator = None
 
     @property
     def is_closed(self) -> bool:
@@ -214,6 +207,8 @@ class Engine:
                 prompt_computed=self._counts["prompt_computed"],
                 prompt_cached=self._counts["prompt_cached"],
                 generated=self._counts["generated"],
+                drafted=self._counts["drafted"],
+                accepted=self._counts["accepted"],
                 preemptions=self.scheduler.num_preemptions,
                 running=len(self.scheduler.running),
                 waiting=len(self.scheduler.waiting),
@@ -236,13 +231,34 @@ class Engine:
             self.scheduler.forget_prefixes()
             runner.forget()
 
+    def _learn(self, drawn: Sequence[Drawn]) -> None:
+        """Which drafts were right."""
+        if self._speculator is not None:
+            tokens = Counter(one.request for one in drawn)
+            self._speculator.learn(tokens)
+            self._counts["drafted"] += sum(len(request.drafts) for request in tokens)
+            self._counts["accepted"] += len(drawn) - len(tokens)
+
+    def _is_due(self, request: Request, length: int) -> bool:
+        """Whether it is still there for a token behind so many: an earlier one of the same step may
+        have ended it, or what was told of that one may have moved it on."""
+        return request.finish_reason is None and request.length == length
+
+    def _report(self, step: Step) -> None:
+        """How far prompts are read."""
+        reached = {work.request: work.stop for work in (*step.prefill, *step.decode)}
+        for request, stop in reached.items():
+            if request.on_prefill and len(request.output) <= 1:
+                total = len(request.prompt)
+                self._call(request, request.on_prefill, min(stop, total), total)
+
     def _keep(self, drawn: Drawn) -> None:
         """One token more, or the end."""
         request, id, logprobs, error = drawn
         if error is not None:
             self._end(request, "error", error)
             return
-        request.output.append(id)
+        request.append(id)
         reason = None
         if id in request.stop_ids:
             reason = "stop"
@@ -255,6 +271,11 @@ class Engine:
             self._counts["prompt_computed"] += len(request.prompt) - request.num_cached
         if reason is not None:
             self._end(request, reason)
+
+    def _release(self, request: Request) -> None:
+        """It has no pages any more."""
+        if self._speculator is not None:
+            self._speculator.release(request)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.scheduler.finish(request)

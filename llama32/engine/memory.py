@@ -19,12 +19,14 @@ def page_size(model: Llama, settings: EngineSettings) -> int:
 def num_pages(model: Llama, settings: EngineSettings) -> int:
     """Pages of the cache, by the settings or by the memory that is there.
 
-    Never more than `max_running` requests of the whole context can fill. ValueError if there is
-    not room for one page.
+    Never more than `max_running` requests of the whole context can fill. A draft model has the same
+    pages, in memory of its own, which is counted here. ValueError if there is not room for one.
     """
     size = page_size(model, settings)
     weight = model.norm.weight
     per_page = size * bytes_per_token(model.config, weight.dtype)
+    if settings.speculation is not None:
+        per_page += size * settings.speculation.bytes_per_token
     context = -(-model.config.max_position_embeddings // size)
     if settings.cache_tokens is not None:
         return -(-settings.cache_tokens // size)

@@ -14,6 +14,7 @@ class Request:
 
     Of these, `num_computed` have their keys and values in `pages`. The last prompt token is
     computed like a generated one, not with the rest of the prompt: logits are wanted of it.
+    Behind them, for one step, there may be drafts: guesses at the next tokens.
     """
 
     prompt: Sequence[int]
@@ -31,6 +32,7 @@ class Request:
     num_preemptions: int = 0
 
     output: list[int] = field(default_factory=list)
+    drafts: Sequence[int] = ()
     tokens: list[Any] = field(default_factory=list)  # the same, each a `generate.Token`
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None: not ended
     error: Exception | None = None  # why, in the last case
@@ -42,13 +44,25 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens known so far."""
+        """Tokens known so far; drafts are not."""
         return len(self.prompt) + len(self.output)
 
     def ids(self, start: int, stop: int) -> Sequence[int]:
-        """The tokens from `start` on, up to `stop`."""
+        """The tokens from `start` on, up to `stop`; behind those known come the drafts."""
         border = len(self.prompt)
         if stop <= border:
             return self.prompt[start:stop]
         behind = self.output[max(start - border, 0) : stop - border]
+        if stop > self.length:
+            behind = [*behind, *self.drafts[max(start - self.length, 0) : stop - self.length]]
         return [*self.prompt[start:], *behind] if start < border else behind
+
+    def output_with(self, num_drafts: int) -> Sequence[int]:
+        """The output, if the first of its drafts are right."""
+        return [*self.output, *self.drafts[:num_drafts]] if num_drafts else self.output
+
+    def append(self, token: int) -> None:
+        """The next token. All before it are in the cache, or it could not have been drawn: also
+        those of this step, which had been drafted."""
+        self.num_computed = self.length
+        self.output.append(token)

@@ -1,13 +1,13 @@
 """A planned step through the model: eagerly, compiled, or as CUDA graphs.
 
 A step is two calls of different shape. Prompts go first and leave nothing but their keys and
-values; all logits come from the second, where every row is the one new token of a sequence. Which
-sequences share a call, and which graph runs it, is no concern of anyone else.
+values; all logits come from the second, where every row is one token of a sequence, its newest or
+a draft of one. Which rows share a call, and which graph runs it, is no concern of anyone else.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from llama32.engine.request import Request
 from llama32.engine.rows import rows_of
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
+from llama32.engine.speculation import verified
 from llama32.flash import fixed_shape, flash
 from llama32.model import Llama
 from llama32.paged import QUERY_BLOCK
@@ -33,7 +34,7 @@ TENSORS = "tokens", "positions", "slots", "last", "query_starts", "lengths", "pa
 
 
 class Drawn(NamedTuple):
-    """What came of a request in one step: its next token, or why there is none."""
+    """A request's next token, or why there is none. With drafts it may get several in a step."""
 
     request: Request
     id: int
@@ -65,7 +66,7 @@ class Runner:
         self._model: Callable[..., Tensor] = model
         if settings.compiled:
             self._model = torch.compile(model, fullgraph=True)
-        sizes = graph_rows(settings.max_running) if self._is_static else None
+        sizes = graph_rows(settings.max_rows) if self._is_static else None
         self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
             model, deterministic, sizes
         )
@@ -77,7 +78,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Drawn]:
-        """One step; the next token of each request whose last known token was in it."""
+        """One step; the next tokens, in order, of each request whose last known one was in it."""
         for spans, rows in self.prompt_rows.calls([to_span(work) for work in step.prefill]):
             self._read_prompts(spans, rows)
         spans = [to_span(work) for work in step.decode]
@@ -91,13 +92,13 @@ class Runner:
             return []
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
         ends = accumulate(len(span.tokens) for span in spans)
-        asking = {
-            work.request: end - 1
-            for work, end in zip(step.decode, ends, strict=True)
-            if work.stop == work.request.length
-        }
-        rows = list(asking.values())
-        return draw(logits if len(rows) == len(logits) else logits[rows], list(asking))
+        asking: list[Request] = []
+        wanted: list[int] = []  # rows: of its newest token, and of each draft
+        for (request, _, stop), end in zip(step.decode, ends, strict=True):
+            if stop >= request.length:
+                asking.append(request)
+                wanted.extend(range(end - 1 - len(request.drafts), end))
+        return draw(logits if len(wanted) == len(logits) else logits[wanted], asking)
 
     def forget(self) -> None:
         """The model has changed: graphs hold the tensors that it had."""
@@ -207,9 +208,9 @@ def decoding(
     return has_graphs, False
 
 
-def graph_rows(max_running: int) -> list[int]:
+def graph_rows(max_rows: int) -> list[int]:
     """The decode shapes worth a graph: few, made when they are first needed."""
-    return [rows for rows in (1, 8, 64) if rows < max_running] + [max_running]
+    return [rows for rows in (1, 8, 64) if rows < max_rows] + [max_rows]
 
 
 def to_span(work: Work) -> Span:
@@ -218,22 +219,31 @@ def to_span(work: Work) -> Span:
     return Span(request.ids(start, stop), start, request.pages)
 
 
-def draw(logits: Float[Tensor, "B V"], requests: Sequence[Request]) -> list[Drawn]:
-    """Each request's next token. A row that is not finite is an error of its request alone."""
-    if not requests:
+def draw(logits: Float[Tensor, "N V"], requests: Sequence[Request]) -> list[Drawn]:
+    """Each request's next tokens. Its rows are those of its last known token and of its drafts."""
+    rows = [(request, n) for request in requests for n in range(len(request.drafts) + 1)]
+    drawn = iter(draw_rows(logits, rows))
+    each = ((request.drafts, islice(drawn, len(request.drafts) + 1)) for request in requests)
+    return [one for drafts, its in each for one in verified(drafts, list(its))]
+
+
+def draw_rows(logits: Float[Tensor, "N V"], rows: Sequence[tuple[Request, int]]) -> list[Drawn]:
+    """The token after each row, that of a request with so many of its drafts taken for right.
+    A row that is not finite is an error of its request alone."""
+    if not rows:
         return []
     try:
         chosen = choose(
             logits,
-            [request.sampling for request in requests],
-            [request.prompt for request in requests],
-            [request.output for request in requests],
-            [request.seed for request in requests],
+            [request.sampling for request, _ in rows],
+            [request.prompt for request, _ in rows],
+            [request.output_with(n) for request, n in rows],
+            [request.seed for request, _ in rows],
         )
     except FloatingPointError as error:
-        if len(requests) == 1:
-            return [Drawn(requests[0], -1, None, error)]
-        alone = (draw(logits[i : i + 1], [request]) for i, request in enumerate(requests))
+        if len(rows) == 1:
+            return [Drawn(rows[0][0], -1, None, error)]
+        alone = (draw_rows(logits[i : i + 1], [row]) for i, row in enumerate(rows))
         return list(chain.from_iterable(alone))
-    found = zip(requests, chosen.ids.tolist(), chosen.logprobs, strict=True)
-    return [Drawn(*of_request) for of_request in found]
+    found = zip(rows, chosen.ids.tolist(), chosen.logprobs, strict=True)
+    return [Drawn(request, id, logprobs) for (request, _), id, logprobs in found]

@@ -11,7 +11,7 @@ all end.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llama32.engine.pages import Pages
@@ -33,7 +33,8 @@ class Step(NamedTuple):
     """One step: first the prompts, then the rows whose last gives each request its next token.
 
     A request can be in both, when its prompt is read to the end. More than one row of a request
-    is in `decode` where it was sent back: its generated tokens are computed again, as before.
+    is in `decode` where it was sent back: its generated tokens are computed again, as before. Or
+    where there are drafts, which come behind its last known token: each row gives a token then.
     """
 
     prefill: Sequence[Work]
@@ -43,8 +44,10 @@ class Step(NamedTuple):
 class Scheduler:
     """Queues requests, hands out pages, and plans step after step.
 
-    plan() -> Step, run it, then advance(step), add the tokens to the outputs, finish() what ended.
-    A step that was planned and failed can be planned again: only `advance` moves a request on.
+    plan() -> Step, run it, then advance(step), append() tokens to the requests, finish() what
+    ended. A step that was planned and failed can be planned again: only `advance` moves a request
+    on. Between plan and run, reserve() makes room for drafts. `on_release` is told of every
+    request that gives back its pages, because it has ended or is sent back to wait.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Scheduler:
         max_running: int = 64,
         prefill_tokens: int = 512,
         block: int = BLOCK,
+        on_release: Callable[[Request], object] = lambda request: None,
     ) -> None:
         if prefill_tokens < block or page_size % block:
             raise ValueError(
@@ -70,6 +74,7 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self._block = block
+        self._on_release = on_release
         self._pending: dict[int, Request] = {}  # digests of pages that a running prompt will fill
 
     def add(self, request: Request) -> None:
@@ -94,6 +99,7 @@ class Scheduler:
 
     def plan(self) -> Step:
         """The next step; empty when there is nothing to do."""
+        self._drop_drafts()
         if self._make_room():
             self._admit()
         prefill: list[Work] = []
@@ -113,10 +119,23 @@ class Scheduler:
                 budget -= stop - start - 1
         return Step(prefill, decode)
 
+    def reserve(self, request: Request, wanted: int) -> int:
+        """How many tokens may be drafted for a request of the step that was planned last.
+
+        As many as are wanted and as it may still get besides the next one, and as there are slots
+        for without evicting anything. The next plan() has the pages back before it decides
+        anything, so drafts never make anyone wait or compute again.
+        """
+        most = min(wanted, request.longest - request.length - 1)
+        missing = self._pages_for(request.length + most) - len(request.pages)
+        if (taken := min(missing, self.pages.num_free)) > 0:
+            request.pages += self.pages.take(taken, request.pages[-1])
+        return max(0, min(most, len(request.pages) * self.page_size - request.length))
+
     def advance(self, step: Step) -> None:
         """The step was run: its tokens are in the cache, and pages that filled up can be shared."""
         for request, start, stop in (*step.prefill, *step.decode):
-            request.num_computed = stop
+            request.num_computed = min(stop, request.length)  # drafts may be wrong
             for i in range(start // self.page_size, min(stop // self.page_size, len(request.keys))):
                 before = request.pages[i - 1] if i else None
                 self.prefixes.remember(request.keys[i], request.pages[i], before)
@@ -136,6 +155,15 @@ class Scheduler:
 
     def _cut(self, stop: int) -> int:
         return stop // self._block * self._block
+
+    def _drop_drafts(self) -> None:
+        """Those of the last step, and the pages that were only for them."""
+        for request in self.running:
+            request.drafts = ()
+            needed = self._pages_for(request.length)
+            for page in reversed(request.pages[needed:]):
+                self.pages.drop(page, remember=False)
+            del request.pages[needed:]
 
     def _make_room(self) -> bool:
         """A place for every running request's next token; False if some had to go for it."""
@@ -163,6 +191,8 @@ class Scheduler:
         for page in reversed(request.pages):
             self.pages.drop(page, remember=page in self.prefixes)
         request.pages.clear()
+        request.drafts = ()
+        self._on_release(request)
         for key in request.keys:
             if self._pending.get(key.digest) is request:
                 del self._pending[key.digest]

@@ -1,6 +1,44 @@
 """What one may say of an engine. Plain Python, checked where it is said."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from llama32.config import LlamaConfig
+from llama32.engine.request import Request
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses how the requests of one engine go on."""
+
+    def propose(self, asked: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
+        """The next tokens, at most as many as asked for, of those it has an idea of."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """A request has ended, or has lost its pages and waits to begin again."""
+        ...
+
+
+@runtime_checkable
+class Speculation(Protocol):
+    """Where drafts come from: `PromptLookup`, `DraftModel`, or something of your own."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Drafts of a request in a step, at most."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a drafter takes of the KV cache's memory for each token in it."""
+        ...
+
+    def drafter(self, config: LlamaConfig, settings: "EngineSettings") -> Drafter:
+        """One for an engine whose model is of this config; `settings` say `page_size` and
+        `cache_tokens` as they have turned out. ValueError if it does not fit the model."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +51,8 @@ class EngineSettings:
 
     `deterministic` asks for the same bits in any company (see `rows.py`); None takes it where it
     is free, which is tried out on the model at hand: `Engine.deterministic` tells.
+
+    `speculation` may give a request several tokens in a step, and changes none (`speculation.py`).
     """
 
     max_running: int = 64  # more wait
@@ -24,6 +64,7 @@ class EngineSettings:
     deterministic: bool | None = None
     compiled: bool = False  # decoding through torch.compile; not deterministic
     cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running", "prefill_tokens", "cache_tokens", "cache_bytes", "page_size"):
@@ -37,3 +78,9 @@ class EngineSettings:
             )
         if self.cache_tokens is not None and self.cache_bytes is not None:
             raise ValueError("EngineSettings: give cache_tokens or cache_bytes, not both")
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that decoding takes in a step, unless answers are replayed."""
+        drafts = self.speculation.num_tokens if self.speculation else 0
+        return self.max_running * (1 + drafts)

@@ -423,7 +423,7 @@ def test_what_the_model_raises_ends_all_streams_and_the_engine_goes_on():
 def test_a_row_that_is_not_finite_ends_its_own_stream_after_its_tokens():
     async def main() -> None:
         async with opened() as (engine, runner):
-            runner.is_finite = lambda request: request.prompt != [7] or len(request.output) < 3
+            runner.is_finite = lambda request, said: request.prompt != [7] or said < 3
             others = [asyncio.create_task(ids(engine, [i])) for i in range(3)]
             heard: list[int] = []
             with pytest.raises(FloatingPointError):

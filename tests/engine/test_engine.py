@@ -230,7 +230,7 @@ def test_it_is_busy_as_long_as_a_request_has_not_ended():
 def test_a_step_tells_whom_it_gave_a_token_or_an_end():
     engine, runner = make_engine(prefill_tokens=64)
     short, long, broken = add(engine, 10, new=3), add(engine, 129, new=2), add(engine, 1)
-    runner.is_finite = lambda request: request is not broken
+    runner.is_finite = lambda request, said: request is not broken
     assert engine.step() == [short, broken]
     assert engine.step() == [short]
     assert engine.step() == [short, long]
@@ -467,7 +467,7 @@ def test_a_row_that_is_not_finite_ends_its_own_request_alone(said):
     others = [add(engine, 100)]
     request = add(engine, 100, on_token=told.append)
     others += [add(engine, 100), add(engine)]
-    runner.is_finite = lambda one: one is not request or len(one.output) < said
+    runner.is_finite = lambda one, n: one is not request or n < said
     while request.finish_reason is None:
         engine.step()
     assert request.finish_reason == "error"
@@ -676,7 +676,7 @@ def test_a_stream_ends_where_another_aborts_it():
 def test_a_stream_raises_what_ended_it_after_the_tokens_before():
     engine, runner = make_engine()
     request = add(engine)
-    runner.is_finite = lambda one: len(one.output) < 3
+    runner.is_finite = lambda one, said: said < 3
     seen = []
     with pytest.raises(FloatingPointError) as caught:
         seen.extend(engine.stream(request))
@@ -813,6 +813,8 @@ FRESH = Stats(
     prompt_computed=0,
     prompt_cached=0,
     generated=0,
+    drafted=0,
+    accepted=0,
     preemptions=0,
     running=0,
     waiting=0,

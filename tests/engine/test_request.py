@@ -29,6 +29,23 @@ def test_ids_can_be_changed_without_changing_the_request():
     assert request.output == [20, 21, 22]
 
 
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("stop", range(9))
+@pytest.mark.parametrize("output", [(), (20, 21, 22)])
+def test_behind_the_known_tokens_come_the_drafts(start, stop, output):
+    request = make_request(output=output, drafts=[30, 31])
+    assert list(request.ids(start, stop)) == [10, 11, 12, *output, 30, 31][start:stop]
+    assert request.length == 3 + len(output)
+
+
+def test_whoever_has_a_next_token_has_all_before_it_in_the_cache():
+    request = make_request(num_computed=5)
+    request.append(23)
+    assert (request.output, request.num_computed) == ([20, 21, 22, 23], 6)
+    request.append(24)
+    assert (request.output, request.num_computed) == ([20, 21, 22, 23, 24], 7)
+
+
 def test_the_length_grows_with_the_output():
     request = make_request(output=())
     assert request.length == 3

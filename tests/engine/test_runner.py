@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama32.batch import Batch, Span
 from llama32.engine import runner as runners
 from llama32.engine.engine import Engine
+from llama32.engine.lookup import PromptLookup
 from llama32.engine.request import Request
 from llama32.engine.rows import Rows, fixed
 from llama32.engine.runner import Drawn, Runner, decoding, draw, graph_rows, to_span
@@ -185,6 +186,86 @@ def test_a_replay_gets_its_token_with_the_last_of_its_rows(model, form):
     drawn = keep(runner.run(Step([], [Work(request, 32, 34)])))
     assert [one.request for one in drawn] == [request]
     check(drawn, model)
+
+
+def with_drafts(runner: Runner, drafts: Sequence[tuple[Request, Sequence[int]]]) -> list[Drawn]:
+    """The next tokens of each, with these drafts."""
+    works = []
+    for request, its in drafts:
+        request.drafts = its
+        works.append(Work(request, request.length - 1, request.length + len(its)))
+    drawn = runner.run(Step([], works))
+    for request, _ in drafts:
+        request.drafts = ()
+    return drawn
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("right", [0, 1, 2, 3])
+def test_drafts_give_tokens_up_to_the_first_that_is_wrong_and_the_right_one_for_it(
+    model, form, right
+):
+    runner, (one, two, *others) = make_runner(model, form), several()
+    begin(runner, [one, two, *others])
+    expected = [*one.output], []
+    for _ in range(4):
+        (drawn,) = go_on(runner, [one])
+        expected[1].append((drawn.id, drawn.logprobs))
+    one.output = expected[0]
+    ids = [id for id, _ in expected[1]]
+    drafts = [*ids[:right], *[(id + 1) % VOCABULARY for id in ids[right:3]]]
+    drawn = with_drafts(runner, [(two, [3]), (one, drafts), *((other, ()) for other in others)])
+    its = [each for each in drawn if each.request is one]
+    assert [each.id for each in its] == ids[: right + 1]
+    for found, (_, logprobs) in zip(its, expected[1], strict=False):
+        assert found.logprobs.chosen == pytest.approx(logprobs.chosen, abs=5e-5)
+    assert [each.request for each in drawn if each.request in others] == others
+    keep(drawn)
+    check(go_on(runner, [one, two, *others]), model)  # what was wrong is written over
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_replay_may_end_in_drafts(model, form):
+    runner = make_runner(model, form)
+    request = make_request(30, [2], output=[5, 6, 7, 8])
+    expected = runner.run(whole(request))[0].id
+    request.drafts = [expected, (expected + 1) % VOCABULARY]
+    drawn = runner.run(Step([Work(request, 0, 29)], [Work(request, 29, 36)]))
+    assert len(drawn) in (2, 3)
+    request.drafts = ()
+    for one in drawn:
+        check(keep([one]), model)
+
+
+def test_each_row_is_drawn_as_the_output_would_be_there():
+    """At its own step, and with the drafts before it among what penalties count."""
+    logits = torch.zeros(4, VOCABULARY)
+    sampling = Sampling(
+        seed=3, presence_penalty=100, logit_bias={i: -100 for i in range(8, VOCABULARY)}
+    )
+    request = Request(prompt=[1], longest=50, sampling=sampling, seed=3)
+    expected = []
+    for i in range(4):
+        (one,) = draw(logits[i : i + 1], [request])
+        expected.append(one.id)
+        request.output.append(one.id)
+    assert len(set(expected)) == 4
+    request.output.clear()
+    request.drafts = expected[:3]
+    assert [one.id for one in draw(logits, [request])] == expected
+
+
+def test_a_row_that_is_not_finite_is_no_error_behind_a_wrong_draft():
+    request, other = make_request(3, [1]), make_request(3, [2], seed=1)
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    first, second = logits[:2].argmax(-1).tolist()
+    logits[2, 0] = math.nan
+    request.drafts = [first, (second + 1) % VOCABULARY, 5]
+    drawn = draw(logits, [request, other])
+    assert [(one.request, one.error) for one in drawn] == [(request, None)] * 2 + [(other, None)]
+    request.drafts = [first, second, 5]
+    errors = [one.error is not None for one in draw(logits, [request, other])]
+    assert errors == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -450,6 +531,14 @@ def test_compiled_decoding_has_few_counts_of_rows_and_is_not_deterministic(model
     singles = [Span([1], 0, [0])] * 20
     calls = [list(runner.decode_rows.calls(singles[:n])) for n in (1, 2, 8, 9, 20)]
     assert [[rows for _, rows in call] for call in calls] == [[1], [8], [8], [20], [20]]
+
+
+def test_compiled_decoding_has_room_for_the_drafts_of_all_that_run(model):
+    settings = EngineSettings(
+        cache_tokens=C, compiled=True, max_running=20, speculation=PromptLookup(num_tokens=4)
+    )
+    calls = Runner(model, settings).decode_rows.calls([Span([1], 0, [0])] * 100)
+    assert [rows for _, rows in calls] == [100]
 
 
 @pytest.mark.parametrize(

@@ -636,3 +636,206 @@ def test_who_ends_lets_others_wait_on_for_pages_with_the_same_digest():
     scheduler.finish(one)
     run(scheduler)
     assert scheduler.running == [two]
+
+
+# Drafts.
+
+
+def draft(scheduler: Scheduler, step: Step, wanted: int, right: int = 0) -> tuple[Step, list[int]]:
+    """The step with as many drafts as there is room for, the first of them right; and how many."""
+    rooms = []
+    for request, _, stop in step.decode:
+        if stop == request.length:
+            rooms.append(scheduler.reserve(request, wanted))
+            request.drafts = ([7] * right + [8] * wanted)[: rooms[-1]]
+    decode = [work._replace(stop=work.stop + len(work.request.drafts)) for work in step.decode]
+    return step._replace(decode=decode), rooms
+
+
+def complete_drafts(scheduler: Scheduler, step: Step) -> None:
+    """As `complete`, with all the tokens that right drafts give."""
+    scheduler.advance(step)
+    for request, _, stop in step.decode:
+        if stop >= request.length:
+            right = request.drafts.count(7)
+            for _ in range(right + 1):
+                request.append(7)
+            if request.length == request.longest:
+                scheduler.finish(request)
+
+
+def run_with_drafts(scheduler: Scheduler, wanted: int, right: int = 0) -> list[int]:
+    step, rooms = draft(scheduler, scheduler.plan(), wanted, right)
+    complete_drafts(scheduler, step)
+    return rooms
+
+
+def test_drafts_of_a_request_go_into_its_pages_and_into_free_ones_behind():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=30)
+    step = scheduler.plan()
+    pages = list(request.pages)
+    assert scheduler.reserve(request, 3) == 3
+    assert request.pages == pages
+    assert scheduler.reserve(request, 4) == 4
+    assert request.pages == [pages[0], pages[0] + 1]
+    assert scheduler.reserve(request, 25) == 25
+    assert len(request.pages) == 4
+    assert scheduler.plan() == step
+    assert request.pages == pages
+
+
+def test_no_more_is_drafted_than_may_still_come_besides_the_next_token():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=4)
+    assert run_with_drafts(scheduler, 9) == [3]
+    assert run_with_drafts(scheduler, 9, right=1) == [2]
+    assert run_with_drafts(scheduler, 9) == [0]
+    assert request.output == [7] * 4
+
+
+def test_of_drafts_only_those_that_were_right_are_computed():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=30)
+    for wanted, right, length in ((4, 0, 6), (4, 2, 9), (4, 4, 14), (0, 0, 15)):
+        run_with_drafts(scheduler, wanted, right)
+        assert (request.length, request.num_computed) == (length, length - 1)
+    assert scheduler.plan() == ([], [(request, 14, 15)])
+
+
+def test_before_it_is_known_whether_drafts_are_right_none_is_computed():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=30)
+    step, rooms = draft(scheduler, scheduler.plan(), 4)
+    scheduler.advance(step)
+    assert rooms == [4]
+    assert request.num_computed == request.length == 5
+
+
+def test_drafts_are_not_shared():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 7, new=30)
+    for _ in range(6):
+        run_with_drafts(scheduler, 9, right=2)
+    assert request.length > 16
+    assert len(scheduler.prefixes) == 0
+
+
+def test_pages_that_are_remembered_are_not_evicted_for_drafts():
+    scheduler = make_scheduler(num_pages=4)
+    (first,) = add(scheduler, 17)
+    run_to_the_end(scheduler)
+    assert (scheduler.pages.num_free, scheduler.pages.num_available) == (2, 4)
+    add(scheduler, 5, new=27)
+    assert run_with_drafts(scheduler, 20) == [11]
+    assert len(scheduler.prefixes) == 2
+    again = make_request(15, like=first)
+    scheduler.add(again)
+    scheduler.plan()
+    assert again.num_cached == 8
+
+
+def test_without_a_free_page_drafts_end_with_the_last_page():
+    scheduler = make_scheduler(num_pages=2)
+    add(scheduler, 5, new=9)
+    scheduler.pages.take(1)
+    assert [run_with_drafts(scheduler, 6) for _ in range(4)] == [[3], [2], [1], [0]]
+
+
+@pytest.mark.parametrize("how", ["finish", "preempt"])
+def test_pages_for_drafts_are_given_back_with_the_others(how):
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=30)
+    draft(scheduler, scheduler.plan(), 9)
+    assert scheduler.pages.num_held == 2
+    scheduler.finish(request) if how == "finish" else scheduler._preempt(request)
+    assert scheduler.pages.num_held == 0
+    assert list(request.drafts) == []
+
+
+def test_a_request_that_is_sent_back_while_it_has_drafts_begins_again_without():
+    scheduler = make_scheduler()
+    (request,) = add(scheduler, 5, new=30)
+    run_with_drafts(scheduler, 4, right=2)
+    draft(scheduler, scheduler.plan(), 4)
+    scheduler._preempt(request)
+    assert scheduler.plan() == ([(request, 0, 4)], [(request, 4, 8)])
+
+
+def test_a_replay_can_have_drafts_behind_it_where_it_ends():
+    scheduler, (one, two, three) = make_crowded(prefill_tokens=8)
+    while three in scheduler.running:
+        run(scheduler)
+    scheduler.finish(one)
+    scheduler.finish(two)
+    assert run_with_drafts(scheduler, 3) == []
+    step, rooms = draft(scheduler, scheduler.plan(), 3, right=3)
+    assert step == ([], [(three, 9, 18)])
+    assert rooms == [3]
+    complete_drafts(scheduler, step)
+    assert (three.length, three.num_computed) == (19, 18)
+
+
+def test_a_step_with_drafts_that_failed_is_planned_again_without_them():
+    scheduler = make_scheduler()
+    add(scheduler, 5, 13, new=20)
+    run(scheduler, 2)
+    step = scheduler.plan()
+    held = scheduler.pages.num_held
+    drafted, _ = draft(scheduler, step, 9)
+    assert drafted != step
+    assert scheduler.pages.num_held > held
+    assert scheduler.plan() == step
+    assert scheduler.pages.num_held == held
+
+
+@pytest.mark.parametrize("num_pages", [6, 7, 9])
+def test_wrong_drafts_change_nothing_of_who_runs_when(num_pages):
+    """Nobody is started later, sent back earlier, or finds less in the cache."""
+    histories = []
+    for wanted in (0, 5, 30):
+        scheduler = make_scheduler(num_pages)
+        names: dict[Request, int] = {}
+        history, rooms = [], []
+        for i in range(150):
+            if i % 7 == 0:
+                request = Request(prompt=[i // 14, *range(i % 19)], longest=1 + i % 19 + 20)
+                scheduler.add(request)
+                names[request] = i
+            step = scheduler.plan()
+            history.append(
+                (
+                    [(names[request], *cut) for work in step for request, *cut in work],
+                    [(names[request], len(request.pages)) for request in scheduler.running],
+                    [names[request] for request in scheduler.waiting],
+                    scheduler.num_preemptions,
+                )
+            )
+            drafted, its = draft(scheduler, step, wanted)
+            rooms += its
+            complete_drafts(scheduler, drafted)
+        assert (max(rooms) > 5) == (wanted > 5)
+        assert scheduler.num_preemptions > 0
+        assert len(scheduler.prefixes) > 0
+        histories.append(history)
+    assert histories[1] == histories[0]
+    assert histories[2] == histories[0]
+
+
+def test_it_is_told_who_gives_back_pages():
+    told = []
+    scheduler = make_scheduler(6, on_release=told.append)
+    one, two, three = add(scheduler, 8, 8, 8, new=24)
+    (waiting,) = add(scheduler, 1)
+    scheduler.plan()
+    scheduler.finish(waiting)
+    assert told == []
+    while three in scheduler.running:
+        run(scheduler)
+    assert told == [three]
+    scheduler.finish(one)
+    assert told == [three, one]
+    scheduler.finish(three)
+    assert told == [three, one]
+    run_to_the_end(scheduler)
+    assert told == [three, one, two]

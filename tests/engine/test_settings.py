@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llama32.engine.lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
 
 COUNTS = ["max_running", "prefill_tokens", "cache_tokens", "cache_bytes", "page_size"]
@@ -18,6 +19,7 @@ def test_without_a_word_sizes_are_left_to_the_machine_and_decoding_is_plain():
     assert settings.deterministic is None
     assert settings.compiled is False
     assert settings.cuda_graphs is None
+    assert settings.speculation is None
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -62,3 +64,8 @@ def test_settings_go_by_name_and_stay_as_they_are():
         EngineSettings(8)
     with pytest.raises(FrozenInstanceError):
         EngineSettings().max_running = 8
+
+
+def test_drafts_are_rows_besides_those_that_run():
+    assert EngineSettings(max_running=5).max_rows == 5
+    assert EngineSettings(max_running=5, speculation=PromptLookup(num_tokens=3)).max_rows == 20

@@ -1,4 +1,5 @@
-"""Anything in any order, over far too few pages and with prompts that are mostly alike.
+"""Anything in any order, over far too few pages, with prompts that are mostly alike, and drafts
+that may be right or wrong.
 
 The model is a function of all tokens so far. What it writes to a slot of a page is the very list
 of them, so that a row which reads a slot can tell whose it is.
@@ -6,6 +7,7 @@ of them, so that a row which reads a slot can tell whose it is.
 
 from collections import Counter
 from itertools import count
+from random import Random
 from zlib import crc32
 
 import pytest
@@ -49,11 +51,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         block=st.sampled_from([2, 4]),
         more=st.integers(0, 16),
         max_running=st.integers(1, 6),
+        num_drafts=st.sampled_from([0, 1, 3, 9]),
+        quality=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     )
-    def start(self, num_pages: int, block: int, more: int, max_running: int) -> None:
+    def start(
+        self,
+        num_pages: int,
+        block: int,
+        more: int,
+        max_running: int,
+        num_drafts: int,
+        quality: float,
+    ) -> None:
+        self.released: Counter[Request] = Counter()
         self.scheduler = Scheduler(
-            num_pages, PAGE, max_running=max_running, prefill_tokens=block + more, block=block
+            num_pages,
+            PAGE,
+            max_running=max_running,
+            prefill_tokens=block + more,
+            block=block,
+            on_release=lambda request: self.released.update([request]),
         )
+        self.num_drafts = num_drafts
+        self.quality = quality  # the probability that a draft is right
+        self.random = Random(0)
         self.block = block
         self.arrivals = count()
         self.arrival: dict[Request, int] = {}
@@ -91,7 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(half=st.booleans())
     def fail(self, half: bool) -> None:
         """The step breaks off; a part of it may have been written, and not even rightly."""
-        step = self.plan()
+        step = self.with_drafts(self.plan())
         for work in (*step.prefill, *step.decode)[half:]:
             for position in range(work.start, work.stop):
                 self.written[self.slot(work.request, position)] = None
@@ -140,28 +161,61 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request, start, stop in step.decode:
             assert start == reached[request] < stop <= request.length
 
+    def with_drafts(self, step: Step) -> Step:
+        """Longer by as many drafts as there is room for."""
+        before = self.scheduler.num_preemptions, len(self.scheduler.waiting)
+        num_idle = self.scheduler.pages.num_available - self.scheduler.pages.num_free
+        for request, _, stop in step.decode:
+            if stop == request.length:
+                room = self.scheduler.reserve(request, self.num_drafts)
+                assert 0 <= room <= self.num_drafts
+                assert request.length + room < request.longest
+                request.drafts = self.guess(request, room)
+        pages = self.scheduler.pages
+        assert (self.scheduler.num_preemptions, len(self.scheduler.waiting)) == before
+        assert pages.num_available - pages.num_free == num_idle
+        decode = [work._replace(stop=work.stop + len(work.request.drafts)) for work in step.decode]
+        return step._replace(decode=decode)
+
+    def guess(self, request: Request, count: int) -> list[int]:
+        tokens = (*request.prompt, *request.output)
+        for _ in range(count):
+            is_wrong = self.random.random() >= self.quality
+            tokens += ((next_token(tokens) + is_wrong) % 3,)
+        return [*tokens[request.length :]]
+
     def run(self, step: Step) -> None:
+        step = self.with_drafts(step)
         works = (*step.prefill, *step.decode)
         for request, start, stop in works:
-            tokens = (*request.prompt, *request.output)
+            tokens = (*request.prompt, *request.output, *request.drafts)
             for position in range(start, stop):
                 slot = self.slot(request, position)
                 assert self.scheduler.pages.references[slot[0]] == 1
                 assert slot[0] not in self.scheduler.prefixes
                 self.written[slot] = self.model, tokens[: position + 1]
         for request, _, stop in works:
-            tokens = (*request.prompt, *request.output)
+            tokens = (*request.prompt, *request.output, *request.drafts)
             for position in range(stop):
                 slot = self.written[self.slot(request, position)]
                 assert slot is not None
                 assert slot[1] == tokens[: position + 1]
         self.scheduler.advance(step)
         for request, _, stop in step.decode:
-            if stop == request.length:
-                request.output.append(next_token((*request.prompt, *request.output)))
+            if stop >= request.length:
+                self.accept(request)
                 if request.length == request.longest:
                     self.scheduler.finish(request)
                     assert request.output == alone(request)
+
+    def accept(self, request: Request) -> None:
+        """Its next tokens, up to the first that was not drafted."""
+        for draft in (*request.drafts, None):
+            token = next_token((*request.prompt, *request.output))
+            request.append(token)
+            if token != draft:
+                break
+        assert request.num_computed == request.length - 1
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:
@@ -200,6 +254,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         order = [self.arrival[request] for request in self.alive]
         assert order == sorted(order)
+        assert all(self.released[request] == request.num_preemptions for request in self.alive)
         assert len(scheduler.running) <= scheduler.max_running
         assert all(not request.pages for request in scheduler.waiting)
         for digest, request in scheduler._pending.items():
