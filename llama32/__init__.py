@@ -16,6 +16,7 @@ from llama32.chat import Chat
 from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.engine.asynchronous import AsyncEngine
+from llama32.engine.draft import DraftModel
 from llama32.engine.engine import Engine
 from llama32.engine.lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
@@ -31,6 +32,7 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "Chat",
+    "DraftModel",
     "Engine",
     "EngineSettings",
     "Llama",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,15 @@ def random_model(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.
             else:
                 weight.normal_(std=1.5 / weight.shape[1] ** 0.5, generator=draw)
     return model.to(dtype)
+
+
+def first_layers(model: Llama, count: int) -> Llama:
+    """The same without the others: a smaller model that often says the same."""
+    config = replace(model.config, num_hidden_layers=count)
+    short = Llama(config).to(model.norm.weight.dtype)
+    weights = model.state_dict()
+    short.load_state_dict({name: weights[name] for name in short.state_dict()})
+    return short
 
 
 def write_meta(

@@ -24,7 +24,7 @@ FLOORS = (
     ("engine.scheduler", "engine.settings"),
     ("engine.lookup", "engine.memory", "engine.rows", "engine.speculation"),
     ("engine.runner",),
-    ("engine.engine",),
+    ("engine.draft", "engine.engine"),
     ("engine.asynchronous", "progress", "stream"),
     ("llm",),
     ("loading",),
