@@ -26,6 +26,7 @@ from llama32.sampling import (
     uniform,
 )
 from llama32.settings import Sampling
+from tests.chance import chi_square
 
 ALMOST_ONE = 1 - 2.0**-53
 
@@ -42,16 +43,6 @@ def warped(logits: torch.Tensor, *warpers: Any) -> torch.Tensor:
 
 def kept(scores: torch.Tensor) -> list[list[int]]:
     return [row.isfinite().nonzero().flatten().tolist() for row in scores]
-
-
-def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """In standard deviations from what chance gives."""
-    possible = probabilities > 0
-    assert not counts[~possible].any()
-    expected = counts.sum() * probabilities[possible].double()
-    freedom = int(possible.sum()) - 1
-    distance = ((counts[possible] - expected) ** 2 / expected).sum().item()
-    return (distance - freedom) / math.sqrt(2 * freedom)
 
 
 def next_ids(logits: torch.Tensor, setting: Sampling, seed: int, steps: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """The same answer in any company: tokens and logprobs of a request are bitwise those that it gets
-alone, whatever else the engine does meanwhile."""
+alone, whatever else the engine does meanwhile, and whatever is drafted."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from llama32 import load_model
+from llama32.engine.draft import DraftModel
 from llama32.engine.engine import Engine
+from llama32.engine.lookup import PromptLookup
 from llama32.engine.request import Request
 from llama32.engine.rows import Rows
-from llama32.engine.settings import EngineSettings
+from llama32.engine.settings import EngineSettings, Speculation
 from llama32.flash import flash
 from llama32.generate import generate
 from llama32.model import Llama
 from llama32.settings import Sampling
+from tests.checkpoints import first_layers
 from tests.kernels import slow_kernel
 
 NUM_REQUESTS = 64
@@ -175,6 +178,43 @@ def test_where_no_other_count_agrees_rows_are_split_up(model, asked, alone):
         only = lambda n, canonical=rows.canonical: n == canonical  # noqa: E731
         setattr(runner, name, Rows(rows.candidates, rows.canonical, only))
     assert run(engine, asked) == alone
+
+
+@pytest.fixture(scope="module", params=["lookup", "draft model"])
+def speculation(request, model) -> Speculation:
+    """Drafts that are right and wrong in turn."""
+    if request.param == "lookup":
+        return PromptLookup(min_ngram=1, num_tokens=5)
+    return DraftModel(first_layers(model, 4), num_tokens=3)
+
+
+def check_drafted(engine: Engine) -> None:
+    stats = engine.stats
+    assert 0 < stats.accepted < stats.drafted
+    assert stats.pages_held == 0
+
+
+@pytest.mark.parametrize(("neighbours", "up_to"), [(0, 32), (7, NUM_REQUESTS), (63, NUM_REQUESTS)])
+def test_drafted_is_not_drafted(model, asked, alone, speculation, neighbours, up_to):
+    engine = make_engine(model, speculation=speculation)
+    for first in range(0, up_to, neighbours + 1):
+        together = slice(first, first + neighbours + 1)
+        assert run(engine, asked[together]) == alone[together]
+    check_drafted(engine)
+
+
+def test_drafted_and_preempted_is_neither(model, asked, alone, speculation):
+    engine = make_engine(model, speculation=speculation, prefill_tokens=64)
+    r = random.Random(0)
+
+    def send_back() -> None:
+        for _ in range(r.choice([0, 0, 1, 3])):
+            if len(engine.scheduler.running) > 1:
+                engine.scheduler._preempt(engine.scheduler.running[-1])
+
+    assert run(engine, asked, send_back) == alone
+    assert engine.stats.preemptions > 20
+    check_drafted(engine)
 
 
 def test_the_engine_is_the_plain_loop(asked):
