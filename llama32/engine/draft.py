@@ -99,14 +99,18 @@ class ModelDrafter:
         return view
 
     def _reading(self, views: Iterable[Request]) -> Step:
-        """All that is unread, as far as the budget goes; those first of which that is little."""
+        """All that is unread, as far as the budget goes; those first of which that is little.
+
+        One token is always, and two are where all drafts were right. Of more than that all but the
+        last are read like a prompt, without logits.
+        """
         prefill: list[Work] = []
         decode: list[Work] = []
         budget = self._budget
         for view in sorted(views, key=lambda view: view.length - view.num_computed):
             start = view.num_computed
             stop = min(view.length, start + budget)
-            border = max(start, min(stop, view.num_prefill))
+            border = start if view.length - start <= 2 else min(stop, view.length - 1)
             if start < border:
                 prefill.append(Work(view, start, border))
             if border < stop:

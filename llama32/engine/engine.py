@@ -235,7 +235,7 @@ class Engine:
         """Which drafts were right."""
         if self._speculator is not None:
             tokens = Counter(one.request for one in drawn)
-            self._speculator.learn(tokens)
+            self._speculator.learn({request: count - 1 for request, count in tokens.items()})
             self._counts["drafted"] += sum(len(request.drafts) for request in tokens)
             self._counts["accepted"] += len(drawn) - len(tokens)
 

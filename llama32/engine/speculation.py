@@ -62,7 +62,8 @@ def in_turns(drawn: Iterable[Drawn]) -> list[list[Drawn]]:
 class Speculator:
     """Lengthens steps by drafts: of each request as many as have been worth it.
 
-    One more when all were right, half as many when none was; then, below one, none for a while.
+    One more when all were right, half as many when fewer than half were; then, below one, none for
+    a while.
     """
 
     def __init__(self, drafter: Drafter, num_tokens: int) -> None:
@@ -82,15 +83,15 @@ class Speculator:
         decode = [work._replace(stop=work.stop + len(work.request.drafts)) for work in step.decode]
         return step._replace(decode=decode)
 
-    def learn(self, tokens: Mapping[Request, int]) -> None:
-        """So many tokens each got in the step; one of them without a draft."""
-        for request, count in tokens.items():
+    def learn(self, rights: Mapping[Request, int]) -> None:
+        """Of each request's drafts in the step so many were right."""
+        for request, right in rights.items():
             wanted = self._wanted.get(request, float(self._num_tokens))
             if not request.drafts:
                 wanted += RETRY if wanted < 1 else 0
-            elif count == 1:
+            elif right * 2 < len(request.drafts):
                 wanted /= 2
-            elif count > len(request.drafts):
+            elif right == len(request.drafts):
                 wanted = min(wanted + 1, self._num_tokens)
             self._wanted[request] = wanted
 
