@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from llama32.engine.draft import DraftModel
 from llama32.engine.engine import Engine
+from llama32.engine.lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
 from llama32.model import Llama
 from llama32.settings import Sampling
-from tests.checkpoints import random_model, tiny_config
+from tests.checkpoints import first_layers, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -82,6 +84,15 @@ def test_a_request_has_the_same_bits_in_any_company(model, prompts, cuda_graphs)
     together = make(model, **settings)
     assert run(together, prompts) == alone
     assert run(together, prompts) == alone  # and with their beginnings found in the cache
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft model"])
+def test_a_request_has_the_same_bits_with_drafts(model, prompts, kind):
+    lookup = PromptLookup(min_ngram=1)
+    speculation = lookup if kind == "lookup" else DraftModel(first_layers(model, 2).cuda())
+    engine = make(model, deterministic=True, speculation=speculation)
+    assert run(engine, prompts) == run(make(model, deterministic=True), prompts)
+    assert engine.stats.drafted > 0
 
 
 def test_without_flash_attention_determinism_goes_without_graphs(prompts):
