@@ -23,21 +23,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from measuring import (
-    RESULTS,
-    Peer,
-    Run,
-    bf16_note,
-    circumstances,
-    disturbance,
-    keep,
-    median,
-    table,
-    take_turns,
-    timings,
-)
+from measuring import RESULTS, bf16_note, circumstances, keep, table, timings
 
 import llama32
+from llama32.bench.turns import Peer, Run, disturbance, median, take_turns
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings, Speculation
 from llama32.model import Llama

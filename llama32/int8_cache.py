@@ -58,6 +58,12 @@ class Int8Cache(PagedCache):
         ]
 
 
+def int8_bytes_per_token(config: LlamaConfig) -> int:
+    """What one token takes in it: a byte for each number, four for the scale of each head."""
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return heads * (config.head_dim + 4)
+
+
 @dataclass
 class Pool:
     """The keys or the values of one layer."""

@@ -7,7 +7,7 @@ from llama32 import load_model
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.generate import generate
-from llama32.int8_cache import Int8Cache, Pool, in_a_row
+from llama32.int8_cache import Int8Cache, Pool, in_a_row, int8_bytes_per_token
 from llama32.paged import eager, fused
 from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
@@ -75,6 +75,12 @@ def test_it_takes_a_byte_for_each_number_and_four_for_each_head():
     assert small.keys.dtype == small.values.dtype == torch.int8
     assert small.key_scales.shape == small.keys.shape[:-1]
     assert small.key_scales.dtype == torch.float32
+    taken = sum(x.nbytes for x in (small.keys, small.values, small.key_scales, small.value_scales))
+    assert taken == 8 * 4 * int8_bytes_per_token(tiny_config())
+    llama_1b = tiny_config(
+        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64
+    )
+    assert int8_bytes_per_token(llama_1b) == 17408  # and 32768 in bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

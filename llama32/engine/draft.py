@@ -47,7 +47,7 @@ class DraftModel:
                 f"{its}; take a model with the same tokenizer"
             )
         # Drafts change no token, so they need not have the same bits in any company.
-        runs = replace(settings, deterministic=False, speculation=None)
+        runs = replace(settings, deterministic=False, speculation=None, cache_dtype=None)
         return ModelDrafter(Runner(self.model, runs), settings.prefill_tokens, self.num_tokens)
 
 

@@ -4,6 +4,7 @@ import torch
 
 from llama32.cache import PAGE_SIZE, bytes_per_token
 from llama32.engine.settings import EngineSettings
+from llama32.int8_cache import int8_bytes_per_token
 from llama32.model import Llama
 from llama32.paged import QUERY_BLOCK
 
@@ -24,7 +25,10 @@ def num_pages(model: Llama, settings: EngineSettings) -> int:
     """
     size = page_size(model, settings)
     weight = model.norm.weight
-    per_page = size * bytes_per_token(model.config, weight.dtype)
+    per_token = bytes_per_token(model.config, weight.dtype)
+    if settings.cache_dtype is not None:
+        per_token = int8_bytes_per_token(model.config)
+    per_page = size * per_token
     if settings.speculation is not None:
         per_page += size * settings.speculation.bytes_per_token
     context = -(-model.config.max_position_embeddings // size)

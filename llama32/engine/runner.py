@@ -25,6 +25,7 @@ from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
 from llama32.engine.speculation import verified
 from llama32.flash import fixed_shape, flash
+from llama32.int8_cache import Int8Cache
 from llama32.model import Llama
 from llama32.paged import QUERY_BLOCK
 from llama32.sampling import TokenLogprobs, choose
@@ -51,7 +52,8 @@ class Runner:
         self.num_pages = memory.num_pages(model, settings)
         weight = model.norm.weight
         self._device = weight.device
-        self.cache = PagedCache(
+        kind = PagedCache if settings.cache_dtype is None else Int8Cache
+        self.cache = kind(
             model.config,
             self.num_pages + 1,
             self.page_size,
@@ -194,6 +196,10 @@ def decoding(
     of the longest, masked, and a row's bits may depend on how many that are.
     """
     has_graphs = settings.cuda_graphs
+    if settings.cache_dtype is not None:  # it reads as many pages as there are
+        if settings.compiled or has_graphs:
+            raise ValueError("cache_dtype: not together with `compiled`, nor with `cuda_graphs`")
+        has_graphs = False
     if has_graphs is None:
         has_graphs = on_gpu and (has_flash or not settings.deterministic)
     if has_graphs and not on_gpu:

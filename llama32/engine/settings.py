@@ -52,6 +52,9 @@ class EngineSettings:
     `deterministic` asks for the same bits in any company (see `rows.py`); None takes it where it
     is free, which is tried out on the model at hand: `Engine.deterministic` tells.
 
+    `cache_dtype` "int8" halves the memory of bf16 keys and values, and rounds them; see
+    `int8_cache.py`. It is not for compiled decoding, nor for CUDA graphs.
+
     `speculation` may give a request several tokens in a step, and changes none (`speculation.py`).
     """
 
@@ -59,6 +62,7 @@ class EngineSettings:
     prefill_tokens: int = 512  # prompt tokens in a step, at most: the longest others are held up
     cache_tokens: int | None = None
     cache_bytes: int | None = None
+    cache_dtype: str | None = None  # "int8", or that of the model
     memory_fraction: float = 0.9
     page_size: int | None = None  # slots; None: 64, and 128 on a GPU
     deterministic: bool | None = None
@@ -75,6 +79,10 @@ class EngineSettings:
             raise ValueError(
                 f"EngineSettings: memory_fraction is {self.memory_fraction!r}, "
                 f"allowed: above 0, up to 1"
+            )
+        if self.cache_dtype not in (None, "int8"):
+            raise ValueError(
+                f"EngineSettings: cache_dtype is {self.cache_dtype!r}, allowed: 'int8' or None"
             )
         if self.cache_tokens is not None and self.cache_bytes is not None:
             raise ValueError("EngineSettings: give cache_tokens or cache_bytes, not both")

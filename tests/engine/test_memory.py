@@ -111,3 +111,9 @@ def test_a_gpu_that_is_full_is_refused_with_what_it_has(monkeypatch):
     match = "the KV cache gets 900 bytes, and a page of 128 tokens takes 30,720"
     with pytest.raises(ValueError, match=match):
         pages(model)
+
+
+def test_a_cache_of_bytes_has_more_pages_in_the_same_memory():
+    per_page = 64 * 2 * 3 * 2 * (10 + 4)
+    assert pages(make_model(), cache_bytes=9 * per_page, cache_dtype="int8") == 9
+    assert pages(make_model(), cache_bytes=9 * per_page - 1, cache_dtype="int8") == 8

@@ -674,3 +674,11 @@ def test_compiled_decoding_says_the_same_and_compiles_at_most_once_for_each_coun
     assert said["preemptions"] > 0
     assert len(said["same"]) > 20
     assert all(said["same"])
+
+
+@pytest.mark.parametrize("asked", [{"compiled": True}, {"cuda_graphs": True}])
+def test_a_cache_of_bytes_is_refused_where_shapes_must_not_change(asked):
+    with pytest.raises(ValueError, match="cache_dtype: not together with `compiled`, nor with"):
+        decoding(EngineSettings(cache_dtype="int8", **asked), on_gpu=True, has_flash=True)
+    settings = EngineSettings(cache_dtype="int8")
+    assert decoding(settings, on_gpu=True, has_flash=True) == (False, None)

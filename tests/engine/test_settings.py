@@ -20,6 +20,7 @@ def test_without_a_word_sizes_are_left_to_the_machine_and_decoding_is_plain():
     assert settings.compiled is False
     assert settings.cuda_graphs is None
     assert settings.speculation is None
+    assert settings.cache_dtype is None
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -69,3 +70,9 @@ def test_settings_go_by_name_and_stay_as_they_are():
 def test_drafts_are_rows_besides_those_that_run():
     assert EngineSettings(max_running=5).max_rows == 5
     assert EngineSettings(max_running=5, speculation=PromptLookup(num_tokens=3)).max_rows == 20
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    assert EngineSettings(cache_dtype="int8").cache_dtype == "int8"
+    with pytest.raises(ValueError, match="cache_dtype is 'fp8', allowed: 'int8' or None"):
+        EngineSettings(cache_dtype="fp8")

@@ -26,9 +26,8 @@ def model_in(form: type, monkeypatch) -> Llama:
     pytest.skip("not on this machine")
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_alone_is_among_neighbours_in_every_form(form, monkeypatch):
-    model = model_in(form, monkeypatch)
+def outcomes(model: Llama, **given) -> tuple[list, list]:
+    """Of requests of many kinds: of each alone, and of all together."""
     r = random.Random(3)
     asked = [
         (
@@ -46,8 +45,22 @@ def test_alone_is_among_neighbours_in_every_form(form, monkeypatch):
             engine.step()
         return [[(t.id, t.logprobs) for t in request.tokens] for request in requests]
 
-    settings = EngineSettings(deterministic=True, cache_tokens=64 * 128)
+    settings = EngineSettings(deterministic=True, cache_tokens=64 * 128, **given)
     alone = []
     for one in asked:
         alone += run(Engine.of(model, settings), [one])
-    assert run(Engine.of(model, settings), asked) == alone
+    return alone, run(Engine.of(model, settings), asked)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_alone_is_among_neighbours_in_every_form(form, monkeypatch):
+    alone, together = outcomes(model_in(form, monkeypatch))
+    assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_is_among_neighbours_with_a_cache_of_bytes(dtype):
+    model = load_model("tiny", dtype=dtype)
+    alone, together = outcomes(model, cache_dtype="int8")
+    assert together == alone
+    assert together != outcomes(model)[1]
