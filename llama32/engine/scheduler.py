@@ -73,6 +73,7 @@ class Scheduler:
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
+        self._drafted: list[Request] = []  # since the last plan
         self._block = block
         self._on_release = on_release
         self._pending: dict[int, Request] = {}  # digests of pages that a running prompt will fill
@@ -126,6 +127,7 @@ class Scheduler:
         for without evicting anything. The next plan() has the pages back before it decides
         anything, so drafts never make anyone wait or compute again.
         """
+        self._drafted.append(request)
         most = min(wanted, request.longest - request.length - 1)
         missing = self._pages_for(request.length + most) - len(request.pages)
         if (taken := min(missing, self.pages.num_free)) > 0:
@@ -158,12 +160,13 @@ class Scheduler:
 
     def _drop_drafts(self) -> None:
         """Those of the last step, and the pages that were only for them."""
-        for request in self.running:
+        for request in self._drafted:
             request.drafts = ()
             needed = self._pages_for(request.length)
             for page in reversed(request.pages[needed:]):
                 self.pages.drop(page, remember=False)
             del request.pages[needed:]
+        self._drafted.clear()
 
     def _make_room(self) -> bool:
         """A place for every running request's next token; False if some had to go for it."""

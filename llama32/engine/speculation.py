@@ -14,7 +14,6 @@ one number leads both to the same token: less often than the paper's 1 - TV(p, q
 both are greedy and rank the same token first.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -50,12 +49,12 @@ def verified(drafts: Sequence[int], drawn: Sequence[Drawn]) -> Sequence[Drawn]:
 def in_turns(drawn: Iterable[Drawn]) -> list[list[Drawn]]:
     """All first tokens, then all second ones, and so on; without any, one turn of none."""
     turns: list[list[Drawn]] = [[]]
-    seen: Counter[Request] = Counter()
+    seen: dict[Request, int] = {}
     for one in drawn:
-        if seen[one.request] == len(turns):
+        n = seen[one.request] = seen.get(one.request, -1) + 1
+        if n == len(turns):
             turns.append([])
-        turns[seen[one.request]].append(one)
-        seen[one.request] += 1
+        turns[n].append(one)
     return turns
 
 
