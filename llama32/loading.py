@@ -38,7 +38,7 @@ def load_model(
     `llama32.quantize` and `llama32.optimize`, done to each layer as it is read, so that the model
     is never in memory in another form. `on_progress(done, total)` counts the bytes read.
     """
-    return checkpoint.load_model(
+    model = checkpoint.load_model(
         resolve(name),
         device=device,
         dtype=dtype,
@@ -46,6 +46,7 @@ def load_model(
         on_progress=on_progress,
         on_layer=partial(adapt, quantize, Optimizer() if optimize else None),
     )
+    return model.requires_grad_(False) if optimize else model
 
 
 def adapt(scheme: str | None, optimizer: Optimizer | None, model: Llama, name: str) -> None:

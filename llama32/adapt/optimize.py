@@ -24,6 +24,7 @@ from llama32.adapt.packed_int import (
     FBGEMMInt8Linear,
     OneDNNInt8Linear,
     RowInt8Linear,
+    Shared,
     WeightOnlyInt8Linear,
 )
 from llama32.adapt.quantized import Layer, QuantizedLinear
@@ -86,6 +87,7 @@ class Optimizer:
     """Puts the fastest form in the place of one layer after the other, and keeps why."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
+    shared: dict[tuple[str, str], Shared] = field(default_factory=dict, repr=False)
 
     def replace(self, model: Llama, name: str) -> None:
         """The linear layer of that name. Of a tied head, the embedding then reads its rows."""
@@ -105,7 +107,10 @@ class Optimizer:
             model.set_submodule("lm_head", head)
             model.set_submodule("embed", PackedEmbedding(head, model.norm.weight.dtype))
         else:
-            model.set_submodule(name, pack(layer))
+            packed = pack(layer)
+            model.set_submodule(name, packed)
+            if isinstance(packed, RowInt8Linear) and (siblings := siblings_of(name)):
+                packed.share(self.shared.setdefault(siblings, Shared()))
 
     def choose(self, layer: Layer, dtype: torch.dtype) -> Choice:
         """By a trial on the first layer of its kind."""
@@ -130,7 +135,15 @@ def optimize(model: Llama) -> Optimizer:
     optimizer = Optimizer()
     for name in linear_layers(model):
         optimizer.replace(model, name)
+    model.requires_grad_(False)
     return optimizer
+
+
+def siblings_of(name: str) -> tuple[str, str] | None:
+    """What tells those layers that are given the same input from all others."""
+    parent, _, leaf = name.rpartition(".")
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    return next(((parent, group[0]) for group in groups if leaf in group), None)
 
 
 def cut(layer: Layer, size: int) -> Iterator[Layer]:

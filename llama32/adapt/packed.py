@@ -7,10 +7,11 @@ here takes the place of a leaf and keeps its weight once. Which is fastest is fo
 (`optimize.py`); whether one may be used at all, `fits` tells.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from llama32.adapt.quantized import Layer
@@ -21,7 +22,7 @@ class PackedLinear(nn.Module):
     model that is packed can be neither moved nor cast."""
 
     title: ClassVar[str]
-    unpacks: ClassVar[bool] = False  # whether `unpacked` takes no longer than to read the weight
+    unpacks: ClassVar[bool] = False  # whether `row_major` takes no longer than to read the weight
     packed: Any
 
     @classmethod
@@ -34,9 +35,38 @@ class PackedLinear(nn.Module):
         self.shape = leaf.weight.shape
         self.nbytes = sum(x.nbytes for x in (*leaf.parameters(), *leaf.buffers()))
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
-        """The weight, row-major."""
+    def prepare(self, x: Float[Tensor, "*B in"]) -> Any:
+        """What layers of this form that read the same input can share."""
+        return x
+
+    def multiply(self, prepared: Any) -> Float[Tensor, "*B out"]:
+        """The product with what was prepared."""
         raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a packed layer has no gradient: train the model as it was before it was optimized"
+            )
+        return self.multiply(self.shared(x, self.prepare))
+
+    def shared(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
+        """What is prepared of the input; a form may get it from another layer."""
+        return prepare(x)
+
+    def row_major(self) -> Num[Tensor, "out in"]:
+        """The weight as it was, or the integers of it."""
+        raise NotImplementedError
+
+    def floats(
+        self, rows: Num[Tensor, "n in"], places: slice | Int[Tensor, " n"]
+    ) -> Float[Tensor, "n in"]:
+        """What rows of it stand for, which were taken from these places."""
+        return rows
+
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        """The whole weight."""
+        return self.floats(self.row_major(), slice(None))
 
     def extra_repr(self) -> str:
         """As printed, and for code that asks whether two layers compute alike."""
@@ -62,10 +92,10 @@ class OneDNNLinear(PackedLinear):
         super().__init__(leaf)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(leaf.weight.detach(), 1)
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        return torch.ops.mkldnn._linear_pointwise(prepared, self.packed, None, "none", [], "")
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
+    def row_major(self) -> Float[Tensor, "out in"]:
         return self.packed.to_dense()
 
 
@@ -90,10 +120,11 @@ class FBGEMMLinear(PackedLinear):
             raise ValueError("a weight is beyond what fp16 can hold, 65504")
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).type_as(x)
+    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        wide = prepared.float()
+        return torch.ops.quantized.linear_dynamic_fp16(wide, self.packed).type_as(prepared)
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
+    def row_major(self) -> Float[Tensor, "out in"]:
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
 
@@ -114,14 +145,14 @@ class TiledLinear(PackedLinear):
         super().__init__(leaf)
         self.packed = leaf.weight.detach()
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        if x.shape[:-1].numel() <= self.FEW:
-            return nn.functional.linear(x, self.packed)
-        wide = x.float()
+    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        if prepared.shape[:-1].numel() <= self.FEW:
+            return nn.functional.linear(prepared, self.packed)
+        wide = prepared.float()
         tiles = [wide @ tile.float().mT for tile in self.packed.split(self.TILE)]
-        return torch.cat(tiles, dim=-1).type_as(x)
+        return torch.cat(tiles, dim=-1).type_as(prepared)
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
+    def row_major(self) -> Float[Tensor, "out in"]:
         return self.packed
 
 

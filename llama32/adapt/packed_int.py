@@ -1,16 +1,41 @@
 """Packed forms of quantized layers: by products of integers, or by turning them into floats."""
 
 import warnings
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from llama32.adapt.packed import PackedLinear, has_fbgemm, on_x86
 from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear, Layer
 
 EXACT_ROWS = 64
+PIECE = 128  # rows that are rounded and scaled at a time, so that what is between stays in a cache
+
+
+class Rounded(NamedTuple):
+    """Activations as products of integers take them, in pieces of a few rows."""
+
+    pieces: Sequence[tuple[Tensor, Float[Tensor, "n 1"]]]  # integers, and the step of each row
+    like: Tensor  # what they were made of
+
+
+class Shared:
+    """The last input of layers that are all given the same one, and what was prepared of it."""
+
+    def __init__(self) -> None:
+        self.num_layers = 0
+        self._last: tuple[Tensor, Any, int] | None = None  # taken and put as one: threads may mix
+
+    def __call__(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
+        last = self._last
+        if last is None or last[0] is not x:
+            last = x, prepare(x), self.num_layers
+        left = last[2] - 1
+        self._last = (*last[:2], left) if left else None  # nothing is kept when all have had it
+        return last[1]
 
 
 class RowInt8Linear(PackedLinear):
@@ -36,27 +61,56 @@ class RowInt8Linear(PackedLinear):
         super().__init__(leaf)
         self.scale = leaf.scale
         self.fine = fine
+        self._shared: Shared | None = None
 
     @property
     def top(self) -> int:
         """The largest integer that stands for an activation."""
         return 2 ** (self.bits - 1) - 1
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        wide = x.reshape(-1, x.shape[-1]).float()
-        step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
-        coarse = (wide / step).round_()
-        if self.fine:
-            small = step / (2 * self.top)  # what is left is at most half a step
-            rest = ((wide - coarse * step) / small).round_()
-            large, less = self.product(torch.cat([coarse, rest])).chunk(2)
-            y = large * step + less * small
-        else:
-            y = self.product(coarse) * step
-        return y.type_as(x).view(*x.shape[:-1], self.shape[0])
+    def share(self, shared: Shared) -> None:
+        """From now on, prepare what comes in once for all that share this."""
+        shared.num_layers += 1
+        self._shared = shared
 
-    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        """Of whole steps, at most `top` to either side."""
+    def shared(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
+        return self._shared(x, prepare) if self._shared else prepare(x)
+
+    def prepare(self, x: Float[Tensor, "*B in"]) -> Rounded:
+        return Rounded([self.round(piece) for piece in x.reshape(-1, x.shape[-1]).split(PIECE)], x)
+
+    def multiply(self, prepared: Rounded) -> Float[Tensor, "*B out"]:
+        x = prepared.like
+        y = x.new_empty(x.shape[:-1].numel(), self.shape[0])
+        for (integers, step), rows in zip(prepared.pieces, y.split(PIECE), strict=True):
+            sums = self.product(integers)
+            if self.fine:
+                sums, rest = sums.chunk(2)
+                sums = sums.add_(rest, alpha=1 / (2 * self.top))
+            torch.mul(sums, step, out=rows)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def round(self, x: Float[Tensor, "n in"]) -> tuple[Tensor, Float[Tensor, "n 1"]]:
+        """Integers, and the step from one to the next; with `fine` the rest in rows behind."""
+        wide = x.float()
+        step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
+        steps = (wide / step).round_()
+        if self.fine:  # at most half a step is left, in steps of 1 / (2 top) of it
+            rest = (wide - steps * step).div_(step).mul_(2 * self.top).round_()
+            steps = torch.cat([steps, rest])
+        return self.encode(steps), step
+
+    def encode(self, steps: Float[Tensor, "n in"]) -> Tensor:
+        """As `product` takes them."""
+        return steps
+
+    def floats(
+        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
+    ) -> Float[Tensor, "n in"]:
+        return Int8Linear(rows, self.scale[places]).dequantized()
+
+    def product(self, integers: Tensor) -> Float[Tensor, "n out"]:
+        """Of integers, at most `top` to either side, and the weight."""
         raise NotImplementedError
 
     @classmethod
@@ -66,7 +120,7 @@ class RowInt8Linear(PackedLinear):
         ones = torch.full((EXACT_ROWS, 256), 127, dtype=torch.int8)
         layer = cls(Int8Linear(ones, torch.ones(len(ones))))
         steps = torch.full((3, 256), float(layer.top))
-        return bool((layer.product(steps) == 256 * 127 * layer.top).all())
+        return bool((layer.product(layer.encode(steps)) == 256 * 127 * layer.top).all())
 
 
 class OneDNNInt8Linear(RowInt8Linear):
@@ -84,15 +138,17 @@ class OneDNNInt8Linear(RowInt8Linear):
         self.packed = torch.ops.onednn.qlinear_prepack(leaf.weight, [1, leaf.weight.shape[1]])
         self.zeros = torch.zeros(len(leaf.weight), dtype=torch.int64)
 
-    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        zero = self.top + 1
+    def encode(self, steps: Float[Tensor, "n in"]) -> Tensor:
+        return steps.add_(self.top + 1).to(torch.uint8)
+
+    def product(self, integers: Tensor) -> Float[Tensor, "n out"]:
         return torch.ops.onednn.qlinear_pointwise(
-            (steps + zero).to(torch.uint8), 1.0, zero, self.packed, self.scale, self.zeros,
+            integers, 1.0, self.top + 1, self.packed, self.scale, self.zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
-        return Int8Linear(self.packed.to_dense().mT, self.scale).dequantized()
+    def row_major(self) -> Int8[Tensor, "out in"]:
+        return self.packed.to_dense().mT.contiguous()
 
 
 class FBGEMMInt8Linear(RowInt8Linear):
@@ -113,12 +169,12 @@ class FBGEMMInt8Linear(RowInt8Linear):
             weight = make(leaf.weight, leaf.scale.double(), zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
-    def product(self, steps: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+    def product(self, integers: Tensor) -> Float[Tensor, "n out"]:
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return multiply(steps, 1.0, self.top + 1, self.packed)
+        return multiply(integers, 1.0, self.top + 1, self.packed)
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
-        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+    def row_major(self) -> Int8[Tensor, "out in"]:
+        return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
 
 class FBGEMMInt7Linear(FBGEMMInt8Linear):
@@ -144,13 +200,19 @@ class WeightOnlyInt8Linear(PackedLinear):
         super().__init__(leaf)
         self.packed, self.scale = leaf.weight, leaf.scale
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        x = prepared
         rows = x.reshape(-1, x.shape[-1])
         y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale.type_as(x))
         return y.view(*x.shape[:-1], len(self.packed))
 
-    def unpacked(self) -> Float[Tensor, "out in"]:
-        return Int8Linear(self.packed, self.scale).dequantized()
+    def row_major(self) -> Int8[Tensor, "out in"]:
+        return self.packed
+
+    def floats(
+        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
+    ) -> Float[Tensor, "n in"]:
+        return Int8Linear(rows, self.scale[places]).dequantized()
 
 
 class CPUInt4Linear(PackedLinear):
@@ -169,7 +231,8 @@ class CPUInt4Linear(PackedLinear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(leaf.integers.int(), 1)
         self.scales = torch.stack([leaf.scale, leaf.zero], dim=-1).transpose(0, 1).contiguous()
 
-    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        x = prepared
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         y = multiply(rows, self.packed, GROUP, self.scales).type_as(x)

@@ -42,13 +42,14 @@ class PackedHead(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B V"]:
-        return torch.cat([block(x) for block in self.blocks], dim=-1)
+        prepared = self.block(0).prepare(x)
+        return torch.cat([self.block(i).multiply(prepared) for i in range(len(self.blocks))], -1)
 
-    def unpacked(self, i: int) -> Float[Tensor, "rows E"]:
-        """The rows of a block."""
+    def block(self, i: int) -> PackedLinear:
+        """One of them."""
         block = self.blocks[i]
         assert isinstance(block, PackedLinear)
-        return block.unpacked()
+        return block
 
 
 class PackedEmbedding(nn.Module):
@@ -58,19 +59,27 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.head = head
         self.dtype = dtype
-        self._unpacked: OrderedDict[int, Float[Tensor, "rows E"]] = OrderedDict()  # by last use
+        self._unpacked: OrderedDict[int, Tensor] = OrderedDict()  # the latest last
 
     def forward(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B E"]:
-        rows = [self._block(id // BLOCK)[id % BLOCK] for id in tokens.flatten().tolist()]
-        return torch.stack(rows).view(*tokens.shape, -1)
+        ids, order = tokens.flatten().sort()
+        numbers, counts = (ids // BLOCK).unique_consecutive(return_counts=True)
+        rows = [
+            self._rows(number, its_ids - number * BLOCK)
+            for number, its_ids in zip(numbers.tolist(), ids.split(counts.tolist()), strict=True)
+        ]
+        found = torch.empty(len(ids), *rows[0].shape[1:], dtype=self.dtype)
+        return found.index_copy_(0, order, torch.cat(rows).to(self.dtype)).view(*tokens.shape, -1)
 
-    def _block(self, i: int) -> Float[Tensor, "rows E"]:
+    def _rows(self, i: int, places: Int[Tensor, " n"]) -> Float[Tensor, "n E"]:
+        """Some of a block."""
+        block = self.head.block(i)
         if i not in self._unpacked:
-            self._unpacked[i] = self.head.unpacked(i).to(self.dtype)
+            self._unpacked[i] = block.row_major()
         self._unpacked.move_to_end(i)
         if len(self._unpacked) > BLOCKS_KEPT:
             self._unpacked.popitem(last=False)
-        return self._unpacked[i]
+        return block.floats(self._unpacked[i][places], places)
 
 
 def linear_layers(model: Llama) -> list[str]:

@@ -15,6 +15,7 @@ from llama32.adapt.packed_int import (
     FBGEMMInt8Linear,
     OneDNNInt8Linear,
     RowInt8Linear,
+    Shared,
     WeightOnlyInt8Linear,
 )
 from llama32.adapt.quantized import Int4Linear, Int8Linear
@@ -128,9 +129,56 @@ def test_a_row_of_an_int8_product_has_the_same_bits_in_any_company(form):
             assert torch.equal(layer(x[start:stop]), whole[start:stop])
 
 
+@pytest.mark.parametrize("fine", [False, True])
+def test_many_rows_are_rounded_in_pieces_to_the_same_bits(fine, monkeypatch):
+    layer = Int8Linear.of(plain().weight)
+    if not OneDNNInt8Linear.fits(layer):
+        pytest.skip("not on this machine")
+    fast, x = OneDNNInt8Linear(layer, fine=fine), inputs(65)
+    whole = fast(x)
+    monkeypatch.setattr(packed_int, "PIECE", 16)
+    assert torch.equal(fast(x), whole)
+
+
+def test_layers_with_the_same_input_prepare_it_once():
+    calls = []
+    shared = Shared()
+    shared.num_layers = 3
+
+    def prepare(x: torch.Tensor) -> int:
+        calls.append(x)
+        return len(calls)
+
+    x, y = torch.ones(2), torch.ones(2)
+    assert [shared(x, prepare) for _ in range(3)] == [1, 1, 1]
+    assert shared._last is None
+    assert [shared(of, prepare) for of in (x, y, y, x)] == [2, 3, 3, 4]  # equal is not the same
+
+
+def test_layers_that_share_multiply_as_they_do_alone():
+    layers = [Int8Linear.of(plain().weight * (i + 1)) for i in range(2)]
+    if not OneDNNInt8Linear.fits(layers[0]):
+        pytest.skip("not on this machine")
+    x, shared = inputs(5), Shared()
+    alone = [OneDNNInt8Linear(layer)(x) for layer in layers]
+    together = [OneDNNInt8Linear(layer) for layer in layers]
+    for layer in together:
+        layer.share(shared)
+    assert all(torch.equal(a, layer(x)) for a, layer in zip(alone, together, strict=True))
+
+
 def test_a_row_of_zeros_comes_out_as_zeros():
     layer = make(OneDNNInt8Linear, Int8Linear.of(plain().weight))
     assert layer(torch.zeros(2, 64)).eq(0).all()
+
+
+def test_a_gradient_is_refused_rather_than_lost():
+    layer = TiledLinear(plain())
+    x = inputs(3).requires_grad_()
+    with pytest.raises(RuntimeError, match="a packed layer has no gradient"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (3, 96)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -188,10 +236,11 @@ def test_an_inexact_product_is_not_taken(monkeypatch):
     """As on processors that add pairs of products in 16 bits."""
 
     class Saturating(RowInt8Linear):
-        def product(self, steps):
-            return (steps @ torch.full((steps.shape[-1], 64), 127.0)).clamp(max=2.0**21)
+        def product(self, integers):
+            return (integers @ torch.full((integers.shape[-1], 64), 127.0)).clamp(max=2.0**21)
 
     assert not Saturating.is_exact()
+    monkeypatch.setattr(OneDNNInt8Linear, "encode", Saturating.encode)
     monkeypatch.setattr(OneDNNInt8Linear, "product", Saturating.product)
     assert not OneDNNInt8Linear.fits(Int8Linear.of(plain().weight))
 
