@@ -58,6 +58,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Scheme(StrEnum):
+    """What weights can be quantized to."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 RopeFactor = Annotated[
     float | None,
     about_model(help="RoPE scaling of a checkpoint in Meta's layout, which does not tell it."),
@@ -76,6 +83,12 @@ class Source:
     ] = None
     dtype: Annotated[Dtype | None, about_model(help="By default as it is stored.")] = None
     rope_factor: RopeFactor = None
+    quantize: Annotated[
+        Scheme | None, about_model(help="Keep the weights in fewer bits; with --optimize.")
+    ] = None
+    optimize: Annotated[
+        bool, about_model("--optimize", help="Take the fastest form of each layer, found by trial.")
+    ] = False
 
     def load(self, chat_style: str | None = None, *, bars: bool) -> LLM:
         """Load it, with a progress bar; a download brings its own."""
@@ -91,6 +104,8 @@ class Source:
                 device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
                 rope_factor=self.rope_factor,
+                quantize=self.quantize,
+                optimize=self.optimize,
                 chat_style=chat_style,
                 on_progress=on_progress,
             )

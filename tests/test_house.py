@@ -13,7 +13,7 @@ FLOORS = (
     ("files", "bpe", "settings", "adapt.__init__", "bench.__init__"),
     ("adapt.quantized", "config", "attention", "batch", "tokenizer", "sampling", "stopping"),
     ("rope", "paged", "chat", "adapt.packed"),
-    ("flash", "model", "adapt.packed_int"),
+    ("flash", "model", "adapt.packed_int", "adapt.fused"),
     ("cache", "adapt.tied"),
     ("adapt.quantize", "adapt.optimize", "int8_cache"),
     ("layouts",),

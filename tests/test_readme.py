@@ -16,7 +16,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text("utf-8"), re.S | re.M)
 
 
-def test_its_python_runs_from_top_to_bottom(capsys):
+def test_its_python_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves a model
     names: dict = {}
     for block in blocks("python"):
         exec(compile(block, str(README), "exec"), names)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llama32.adapt.fused import joined, parts, siblings
 from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, TiledLinear
 from llama32.adapt.packed_int import (
     CPUInt4Linear,
@@ -24,7 +25,6 @@ from llama32.adapt.packed_int import (
     FBGEMMInt8Linear,
     OneDNNInt8Linear,
     RowInt8Linear,
-    Shared,
     WeightOnlyInt8Linear,
 )
 from llama32.adapt.quantized import Layer, QuantizedLinear
@@ -87,30 +87,37 @@ class Optimizer:
     """Puts the fastest form in the place of one layer after the other, and keeps why."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
-    shared: dict[tuple[str, str], Shared] = field(default_factory=dict, repr=False)
 
     def replace(self, model: Llama, name: str) -> None:
-        """The linear layer of that name. Of a tied head, the embedding then reads its rows."""
+        """The linear layer of that name. Those that are given the same input are replaced together,
+        when all of their weights are there. Of a tied head, the embedding then reads its rows."""
         layer = model.get_submodule(name)
-        assert isinstance(layer, Layer)
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            raise ValueError(
-                f"optimize: {name} has hooks, which would be lost; take them off first"
-            )
+        if not isinstance(layer, Layer):
+            return
         form = self.choose(layer, model.norm.weight.dtype).best.form
+        group = {each: model.get_submodule(each) for each in siblings(name)}
         if form is None or not form.fits(layer):  # it fitted the first of its kind
             return
+        if any(isinstance(x, Layer) and x.weight.device.type == "meta" for x in group.values()):
+            return
+        if not group or {type(x) for x in group.values()} != {type(layer)}:
+            group = {name: layer}
+        for each, part in group.items():
+            if part._forward_hooks or part._forward_pre_hooks:
+                raise ValueError(f"optimize: {each} has hooks that would be lost; take them off")
         is_fine = issubclass(form, RowInt8Linear) and name.endswith(form.FINE)
         pack = partial(form, **{"fine": True} if is_fine else {})
         if name == "lm_head" and form.unpacks and is_tied(model):
             head = PackedHead([pack(part) for part in cut(layer, BLOCK)])
             model.set_submodule("lm_head", head)
             model.set_submodule("embed", PackedEmbedding(head, model.norm.weight.dtype))
+        elif len(group) == 1:
+            model.set_submodule(name, pack(layer))
         else:
-            packed = pack(layer)
-            model.set_submodule(name, packed)
-            if isinstance(packed, RowInt8Linear) and (siblings := siblings_of(name)):
-                packed.share(self.shared.setdefault(siblings, Shared()))
+            layers = [x for x in group.values() if isinstance(x, Layer)]
+            sizes = [len(x.weight) for x in layers]
+            for each, part in zip(group, parts(pack(joined(layers)), sizes), strict=True):
+                model.set_submodule(each, part)
 
     def choose(self, layer: Layer, dtype: torch.dtype) -> Choice:
         """By a trial on the first layer of its kind."""
@@ -137,13 +144,6 @@ def optimize(model: Llama) -> Optimizer:
         optimizer.replace(model, name)
     model.requires_grad_(False)
     return optimizer
-
-
-def siblings_of(name: str) -> tuple[str, str] | None:
-    """What tells those layers that are given the same input from all others."""
-    parent, _, leaf = name.rpartition(".")
-    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    return next(((parent, group[0]) for group in groups if leaf in group), None)
 
 
 def cut(layer: Layer, size: int) -> Iterator[Layer]:

@@ -7,7 +7,6 @@ here takes the place of a leaf and keeps its weight once. Which is fastest is fo
 (`optimize.py`); whether one may be used at all, `fits` tells.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +35,7 @@ class PackedLinear(nn.Module):
         self.nbytes = sum(x.nbytes for x in (*leaf.parameters(), *leaf.buffers()))
 
     def prepare(self, x: Float[Tensor, "*B in"]) -> Any:
-        """What layers of this form that read the same input can share."""
+        """What the blocks of a head, which all read the same input, can share."""
         return x
 
     def multiply(self, prepared: Any) -> Float[Tensor, "*B out"]:
@@ -48,11 +47,7 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 "a packed layer has no gradient: train the model as it was before it was optimized"
             )
-        return self.multiply(self.shared(x, self.prepare))
-
-    def shared(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
-        """What is prepared of the input; a form may get it from another layer."""
-        return prepare(x)
+        return self.multiply(self.prepare(x))
 
     def row_major(self) -> Num[Tensor, "out in"]:
         """The weight as it was, or the integers of it."""

@@ -1,8 +1,8 @@
 """Packed forms of quantized layers: by products of integers, or by turning them into floats."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -20,22 +20,6 @@ class Rounded(NamedTuple):
 
     pieces: Sequence[tuple[Tensor, Float[Tensor, "n 1"]]]  # integers, and the step of each row
     like: Tensor  # what they were made of
-
-
-class Shared:
-    """The last input of layers that are all given the same one, and what was prepared of it."""
-
-    def __init__(self) -> None:
-        self.num_layers = 0
-        self._last: tuple[Tensor, Any, int] | None = None  # taken and put as one: threads may mix
-
-    def __call__(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
-        last = self._last
-        if last is None or last[0] is not x:
-            last = x, prepare(x), self.num_layers
-        left = last[2] - 1
-        self._last = (*last[:2], left) if left else None  # nothing is kept when all have had it
-        return last[1]
 
 
 class RowInt8Linear(PackedLinear):
@@ -61,20 +45,11 @@ class RowInt8Linear(PackedLinear):
         super().__init__(leaf)
         self.scale = leaf.scale
         self.fine = fine
-        self._shared: Shared | None = None
 
     @property
     def top(self) -> int:
         """The largest integer that stands for an activation."""
         return 2 ** (self.bits - 1) - 1
-
-    def share(self, shared: Shared) -> None:
-        """From now on, prepare what comes in once for all that share this."""
-        shared.num_layers += 1
-        self._shared = shared
-
-    def shared(self, x: Tensor, prepare: Callable[[Tensor], Any]) -> Any:
-        return self._shared(x, prepare) if self._shared else prepare(x)
 
     def prepare(self, x: Float[Tensor, "*B in"]) -> Rounded:
         return Rounded([self.round(piece) for piece in x.reshape(-1, x.shape[-1]).split(PIECE)], x)

@@ -15,7 +15,6 @@ from llama32.adapt.packed_int import (
     FBGEMMInt8Linear,
     OneDNNInt8Linear,
     RowInt8Linear,
-    Shared,
     WeightOnlyInt8Linear,
 )
 from llama32.adapt.quantized import Int4Linear, Int8Linear
@@ -138,33 +137,6 @@ def test_many_rows_are_rounded_in_pieces_to_the_same_bits(fine, monkeypatch):
     whole = fast(x)
     monkeypatch.setattr(packed_int, "PIECE", 16)
     assert torch.equal(fast(x), whole)
-
-
-def test_layers_with_the_same_input_prepare_it_once():
-    calls = []
-    shared = Shared()
-    shared.num_layers = 3
-
-    def prepare(x: torch.Tensor) -> int:
-        calls.append(x)
-        return len(calls)
-
-    x, y = torch.ones(2), torch.ones(2)
-    assert [shared(x, prepare) for _ in range(3)] == [1, 1, 1]
-    assert shared._last is None
-    assert [shared(of, prepare) for of in (x, y, y, x)] == [2, 3, 3, 4]  # equal is not the same
-
-
-def test_layers_that_share_multiply_as_they_do_alone():
-    layers = [Int8Linear.of(plain().weight * (i + 1)) for i in range(2)]
-    if not OneDNNInt8Linear.fits(layers[0]):
-        pytest.skip("not on this machine")
-    x, shared = inputs(5), Shared()
-    alone = [OneDNNInt8Linear(layer)(x) for layer in layers]
-    together = [OneDNNInt8Linear(layer) for layer in layers]
-    for layer in together:
-        layer.share(shared)
-    assert all(torch.equal(a, layer(x)) for a, layer in zip(alone, together, strict=True))
 
 
 def test_a_row_of_zeros_comes_out_as_zeros():
