@@ -138,7 +138,7 @@ class LlamaCpp:
     """llama.cpp through its own C interface, on a GGUF file of the same weights."""
 
     def __init__(self, folder: Path, form: str) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self.lib: Any = llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)

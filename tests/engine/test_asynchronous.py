@@ -272,6 +272,14 @@ def test_streams_can_be_begun_and_left_during_a_step():
     run(main())
 
 
+async def once_reached(gate: Gate, stream: AsyncGenerator[Token, None]):
+    """The stream, handed on when the engine is where it is to be left."""
+    async with aclosing(stream):
+        async for token in stream:
+            await gate.reached()
+            yield token
+
+
 async def leave_by_break(stream: AsyncGenerator[Token, None]) -> None:
     async for _ in stream:
         break
@@ -312,7 +320,7 @@ def test_a_stream_that_is_left_is_aborted_and_others_go_on(leave):
             gate = Gate(lambda request: request.prompt == prompt and len(request.output) == 2)
             runner.before_step = gate
             other = asyncio.create_task(ids(engine, [3], LONG))
-            leaving = asyncio.create_task(leave(engine.stream(prompt, LONG)))
+            leaving = asyncio.create_task(leave(once_reached(gate, engine.stream(prompt, LONG))))
             await gate.reached()
             scheduler = engine.engine.scheduler
             (left,) = [request for request in scheduler.running if request.prompt == prompt]
