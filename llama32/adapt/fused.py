@@ -2,7 +2,7 @@
 
 The model calls them one after the other, as it should. The first call multiplies for all of them,
 and the others take their rows of it. A product of few rows is waiting for memory, and a few large
-matrices are read faster than many small ones: 10% in decoding Llama 3.2 1B on two cores.
+matrices are read faster than many small ones: 10%, of these products of the 1B on two cores.
 """
 
 from collections.abc import Sequence
