@@ -10,7 +10,6 @@ and reads them only when they are used; the peak of memory over that of the bare
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 
 from measuring import RESULTS, circumstances, keep, table
 
+from llama32.bench.worker import resident
+
 LOADERS = ("llama32", "transformers")
 COLUMNS = {
     "load": "load, s",
@@ -28,13 +29,6 @@ COLUMNS = {
     "peak": "peak of load, MB",
     "peak_first": "peak of first logits, MB",
 }
-
-
-def resident(key: str) -> int:
-    """Bytes that this process holds (VmRSS), or held at most (VmHWM)."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def measure(loader: str, folder: str, dtype: str | None) -> dict[str, float]:

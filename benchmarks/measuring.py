@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llama32.bench.report import Table
 from llama32.bench.turns import Run
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ def timings(found: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, floa
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return str(Table(head, list(rows)))
 
 
 def circumstances(

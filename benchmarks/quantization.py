@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn.functional import kl_div, nll_loss
 
 import llama32
-from llama32.adapt import optimize as optimizing
-from llama32.adapt.optimize import FORMS
+from llama32.adapt.fused import Part
+from llama32.adapt.optimize import FORMS, ROWS, Choice, Optimizer, Trial, kind_of
 from llama32.adapt.packed import PackedLinear
 from llama32.adapt.quantized import QuantizedLinear
+from llama32.adapt.tied import linear_layers
 from llama32.model import Llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
@@ -60,22 +61,14 @@ def in_form(folder: Path | str, scheme: str | None, form: type[PackedLinear]) ->
     """With all layers that it fits in one form, the head of int4 in the usual one of int8; None
     where it fits none of its blocks."""
     model = llama32.load_model(folder, quantize=scheme)
-    usual, trial = optimizing.FORMS, optimizing.try_all
     layer: Any = model.get_submodule("layers.0.mlp.up_proj")
     if not form.fits(layer):
         return None
-    optimizing.FORMS = (form, *(other for other in usual if not other.fits(layer)))
-    optimizing.try_all = lambda layer, dtype: [first_that_fits(layer)]
-    try:
-        llama32.optimize(model)
-    finally:
-        optimizing.FORMS, optimizing.try_all = usual, trial
-    return model
-
-
-def first_that_fits(layer: Any) -> optimizing.Trial:
-    fitting = [form for form in optimizing.FORMS if form.fits(layer)]
-    return optimizing.Trial(fitting[0] if fitting else None, (1.0,) * len(optimizing.ROWS))
+    kind = kind_of(layer)
+    optimizer = Optimizer({kind: Choice(kind, [Trial(form, (0.0,) * len(ROWS))])})
+    for name in linear_layers(model):
+        optimizer.replace(model, name)
+    return model.requires_grad_(False)
 
 
 def weights(model: Llama) -> dict[str, torch.Tensor]:
@@ -86,7 +79,7 @@ def weights(model: Llama) -> dict[str, torch.Tensor]:
             found[name] = part.weight.detach().float()
         elif isinstance(part, QuantizedLinear):
             found[name] = part.dequantized()
-        elif isinstance(part, PackedLinear):
+        elif isinstance(part, PackedLinear | Part):
             found[name] = part.unpacked().float()
     return found
 

@@ -127,9 +127,8 @@ def row(case: str, name: str, runs: Sequence[Run], without: Sequence[Run]) -> li
     if found.outputs != without[0].result.outputs:
         raise RuntimeError(f"{case}: with drafts of {name} the outputs are others")
     accepted = f"{found.accepted / found.drafted:.0%}" if found.drafted else ""
-    in_a_step = tokens / (
-        tokens - found.accepted
-    )  # of one request; together they wait for the last
+    # Of one request; several wait for the last of them.
+    in_a_step = tokens / (tokens - found.accepted)
     return [case, name, accepted, f"{in_a_step:.2f}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
 
 

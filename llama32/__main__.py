@@ -21,7 +21,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from llama32 import hub
-from llama32.bench.plan import Form, PeerName, plan_for
+from llama32.bench.plan import Form, PeerName, Plan, plan_for
 from llama32.bench.report import facts, footnote, rich_tables
 from llama32.bench.run import measure
 from llama32.dialog import Dialog, converse, piped_turns
@@ -205,8 +205,8 @@ def bench(
         hub.resolve(model),
         forms or [Form.optimized],
         peers or [],
-        batches or [1, 8],
-        prompts or [512, 4096],
+        batches or Plan.batches,
+        prompts or Plan.prompts,
         runs,
         tell=note,
     )

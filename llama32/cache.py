@@ -44,13 +44,16 @@ class PagedCache:
     ) -> None:
         slots = config.num_hidden_layers, num_pages, page_size
         shape = (*slots, config.num_key_value_heads, config.head_dim)
-        # Zeros, not empty: a kernel that reads a whole page multiplies its unused slots by 0.
-        self.keys = zeros(shape, dtype, torch.device(device))
-        self.values = zeros(shape, dtype, torch.device(device))
+        self._allocate(shape, dtype, torch.device(device))
         self.page_size = page_size
         self.free = list(reversed(range(num_pages)))  # taken from the end: lowest page first
         device = self.keys.device
         self.attend = attend or fastest(device, dtype, config.head_dim, page_size)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        # Zeros, not empty: a kernel that reads a whole page multiplies its unused slots by 0.
+        self.keys = zeros(shape, dtype, device)
+        self.values = zeros(shape, dtype, device)
 
     def grow(self, pages: list[int], length: int) -> None:
         """Append free pages until there is room for `length` tokens."""

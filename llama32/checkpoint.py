@@ -33,6 +33,7 @@ from llama32.layouts import (
     open_meta,
     shapes,
     skeleton,
+    tensors,
 )
 from llama32.model import Llama
 
@@ -106,9 +107,9 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
     else:
         raise ValueError(f"{folder}: rope_factor is for Meta's layout; here config.json says it")
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
-    if config.quantization is None:
-        _check_dtypes(folder, stored)
     theirs = names(layout, config.num_hidden_layers, PARTS)
+    dtypes = {theirs[name]: tensor.dtype for name, tensor in tensors(skeleton(config)).items()}
+    _check_dtypes(folder, stored, dtypes)
     embed, lm_head = stored.get(theirs["embed.weight"]), stored.get(theirs["lm_head.weight"])
     if config.tie_word_embeddings and embed and lm_head:
         if embed.dtype == lm_head.dtype and torch.equal(embed.read(), lm_head.read()):
@@ -120,8 +121,8 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
     wanted = {theirs[name]: shape for name, shape in shapes(config).items()}
     found = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(folder, found, wanted, "only complete Llamas without biases or adapters load")
-    tensors = {ours: stored[name] for ours, name in theirs.items() if name in stored}
-    return Checkpoint(folder, layout, config, tensors)
+    mine = {ours: stored[name] for ours, name in theirs.items() if name in stored}
+    return Checkpoint(folder, layout, config, mine)
 
 
 def load_model(
@@ -151,7 +152,7 @@ def load_model(
     logger.info("%s", found)
     dtype = dtype or found.dtype
     model = skeleton(found.config, dtype)
-    files = MappedFiles(budget=found.nbytes // 32)
+    files = MappedFiles(budget=found.nbytes // 32)  # so much more, for mapping anew as often
     done, total, broken = 0, found.nbytes, []
     for layer, parts in groupby(found.tensors, key=lambda name: name.rpartition(".")[0]):
         for name in parts:
@@ -212,8 +213,16 @@ def _find(folder: Path) -> tuple[Path, Layout]:
     )
 
 
-def _check_dtypes(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
-    if odd := [name for name, tensor in stored.items() if tensor.dtype not in FLOATS]:
+def _check_dtypes(
+    folder: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.dtype]
+) -> None:
+    """Floats of any kind where floats are wanted, and just those integers where integers are."""
+    integers = {name: dtype for name, dtype in wanted.items() if not dtype.is_floating_point}
+    for name, tensor in stored.items():
+        if name in integers and tensor.dtype != integers[name]:
+            kinds = f"{spelled(tensor.dtype)}, but config.json says {spelled(integers[name])}"
+            raise ValueError(f"{folder}: {name} in {kinds}")
+    if odd := [n for n, x in stored.items() if n not in integers and x.dtype not in FLOATS]:
         kind = spelled(stored[odd[0]].dtype)
         raise ValueError(f"{folder}: {few(odd)} in {kind}; only float weights load")
 

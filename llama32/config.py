@@ -188,12 +188,15 @@ def _scheme(quantization: Mapping[str, Any] | None) -> str | None:
     """The scheme, of weights that this package has quantized; no others are understood."""
     if quantization is None:
         return None
-    if quantization.get("quant_method") != QUANT_METHOD:
+    keys = _Keys(quantization, file="config.json: quantization_config")
+    if keys.take("quant_method", str, "") != QUANT_METHOD:
         raise ValueError(
             f"config.json: quantization_config: only weights quantized by {QUANT_METHOD} load; "
             "take the checkpoint that these were made from"
         )
-    return quantization.get("scheme")
+    scheme = keys.take("scheme", str)
+    keys.refuse_leftovers(frozenset())
+    return scheme
 
 
 def _rope_from_hub(keys: "_Keys") -> tuple[float, RopeScaling | None]:

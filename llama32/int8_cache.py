@@ -12,10 +12,8 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from llama32.batch import Batch
-from llama32.cache import PAGE_SIZE, PagedCache, zeros
+from llama32.cache import PagedCache, zeros
 from llama32.config import LlamaConfig
-from llama32.flash import fastest
-from llama32.paged import PagedAttend
 
 
 class Int8Cache(PagedCache):
@@ -26,25 +24,11 @@ class Int8Cache(PagedCache):
     key_scales: Float[Tensor, "L P C K"]
     value_scales: Float[Tensor, "L P C K"]
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        num_pages: int,
-        page_size: int = PAGE_SIZE,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        attend: PagedAttend | None = None,
-    ) -> None:
-        device = torch.device(device)
-        attend = attend or fastest(device, dtype, config.head_dim, page_size)
-        super().__init__(
-            config, num_pages, page_size, dtype=torch.int8, device=device, attend=attend
-        )
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super()._allocate(shape, torch.int8, device)
         self.dtype = dtype
-        shape = self.keys.shape[:-1]
-        self.key_scales = zeros(shape, torch.float32, device)
-        self.value_scales = zeros(shape, torch.float32, device)
+        self.key_scales = zeros(shape[:-1], torch.float32, device)
+        self.value_scales = zeros(shape[:-1], torch.float32, device)
 
     def attends(self, batch: Batch) -> list["Int8Attention"]:
         """One attention for each layer. All read the same pages, which lie in a row for them."""

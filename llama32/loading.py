@@ -73,9 +73,9 @@ def load(
 
     By default it goes to the GPU if there is one, in the dtype it is stored in. `rope_factor`
     overrides what is derived for Meta's layout, which does not say it. `quantize` and `optimize`
-    are as for `load_model`. `chat_style` is "hub" or
-    "meta"; None takes "hub" if the checkpoint comes with a chat template in Llama 3's format.
-    `engine` says how many requests run at once, and in how much memory.
+    are as for `load_model`. `chat_style` is "hub" or "meta"; None takes "hub" if the checkpoint
+    comes with a chat template in Llama 3's format. `engine` says how many requests run at once, and
+    in how much memory.
     """
     folder = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llama32.adapt.packed import PackedLinear
-from llama32.adapt.quantized import Layer, QuantizedLinear
 
 GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -46,6 +45,10 @@ class Part(nn.Module):
     def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         return self.product(x)[..., self.start : self.stop]
 
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        """Its own part of the weight."""
+        return self.product.layer.unpacked()[self.start : self.stop]
+
     def extra_repr(self) -> str:
         """Which rows."""
         return f"{self.start}:{self.stop}"
@@ -57,16 +60,6 @@ def siblings(name: str) -> list[str]:
     parent, _, leaf = name.rpartition(".")
     group = next((group for group in GROUPS if leaf in group), ())
     return [f"{parent}.{sibling}" for sibling in group]
-
-
-def joined(layers: Sequence[Layer]) -> Layer:
-    """One layer with the rows of all."""
-    first = layers[0]
-    if isinstance(first, QuantizedLinear):
-        return type(first)(*map(torch.cat, zip(*(x.buffers() for x in layers), strict=True)))
-    whole = nn.Linear(1, 1, bias=False, device="meta")
-    whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
-    return whole
 
 
 def parts(layer: PackedLinear, sizes: Sequence[int]) -> list[Part]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llama32.adapt.fused import joined, parts, siblings
+from llama32.adapt.fused import parts, siblings
 from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, TiledLinear
 from llama32.adapt.packed_int import (
     CPUInt4Linear,
@@ -27,7 +27,7 @@ from llama32.adapt.packed_int import (
     RowInt8Linear,
     WeightOnlyInt8Linear,
 )
-from llama32.adapt.quantized import Layer, QuantizedLinear
+from llama32.adapt.quantized import Layer, QuantizedLinear, joined, some_rows
 from llama32.adapt.tied import BLOCK, PackedEmbedding, PackedHead, is_tied, linear_layers
 from llama32.model import Llama
 
@@ -94,14 +94,16 @@ class Optimizer:
         layer = model.get_submodule(name)
         if not isinstance(layer, Layer):
             return
-        form = self.choose(layer, model.norm.weight.dtype).best.form
         group = {each: model.get_submodule(each) for each in siblings(name)}
-        if form is None or not form.fits(layer):  # it fitted the first of its kind
-            return
         if any(isinstance(x, Layer) and x.weight.device.type == "meta" for x in group.values()):
             return
         if not group or {type(x) for x in group.values()} != {type(layer)}:
             group = {name: layer}
+        layers = [x for x in group.values() if isinstance(x, Layer)]
+        whole = joined(layers)
+        form = self.choose(layer, model.norm.weight.dtype).best.form
+        if form is None or not form.fits(whole):  # what it was chosen by may be of other sizes
+            return
         for each, part in group.items():
             if part._forward_hooks or part._forward_pre_hooks:
                 raise ValueError(f"optimize: {each} has hooks that would be lost; take them off")
@@ -114,14 +116,13 @@ class Optimizer:
         elif len(group) == 1:
             model.set_submodule(name, pack(layer))
         else:
-            layers = [x for x in group.values() if isinstance(x, Layer)]
             sizes = [len(x.weight) for x in layers]
-            for each, part in zip(group, parts(pack(joined(layers)), sizes), strict=True):
+            for each, part in zip(group, parts(pack(whole), sizes), strict=True):
                 model.set_submodule(each, part)
 
     def choose(self, layer: Layer, dtype: torch.dtype) -> Choice:
         """By a trial on the first layer of its kind."""
-        kind = f"{type(layer).__name__}, {str(layer.weight.dtype).removeprefix('torch.')}"
+        kind = kind_of(layer)
         if kind not in self.choices:
             self.choices[kind] = Choice(kind, try_all(layer, dtype))
         return self.choices[kind]
@@ -146,16 +147,15 @@ def optimize(model: Llama) -> Optimizer:
     return optimizer
 
 
+def kind_of(layer: Layer) -> str:
+    """Layers of a kind are given the same form."""
+    return f"{type(layer).__name__}, {str(layer.weight.dtype).removeprefix('torch.')}"
+
+
 def cut(layer: Layer, size: int) -> Iterator[Layer]:
     """A layer as several, each with so many of its rows."""
     for start in range(0, len(layer.weight), size):
-        chosen = slice(start, start + size)
-        if isinstance(layer, QuantizedLinear):
-            yield layer.rows(chosen)
-        else:
-            part = nn.Linear(1, 1, bias=False, device="meta")
-            part.weight = nn.Parameter(layer.weight.detach()[chosen])
-            yield part
+        yield some_rows(layer, slice(start, start + size))
 
 
 @torch.inference_mode()

@@ -43,10 +43,7 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a packed layer has no gradient: train the model as it was before it was optimized"
-            )
+        refuse_gradient(x)
         return self.multiply(self.prepare(x))
 
     def row_major(self) -> Num[Tensor, "out in"]:
@@ -149,6 +146,14 @@ class TiledLinear(PackedLinear):
 
     def row_major(self) -> Float[Tensor, "out in"]:
         return self.packed
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """None would come back through a packed layer, and nobody would notice."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a packed layer has no gradient: train the model as it was before it was optimized"
+        )
 
 
 def on_x86(leaf: Layer) -> bool:

@@ -22,7 +22,20 @@ class Rounded(NamedTuple):
     like: Tensor  # what they were made of
 
 
-class RowInt8Linear(PackedLinear):
+class PackedInt8Linear(PackedLinear):
+    """What all forms of int8 layers have: a scale for each row."""
+
+    def __init__(self, leaf: Int8Linear) -> None:
+        super().__init__(leaf)
+        self.scale = leaf.scale
+
+    def floats(
+        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
+    ) -> Float[Tensor, "n in"]:
+        return Int8Linear(rows, self.scale[places]).dequantized()
+
+
+class RowInt8Linear(PackedInt8Linear):
     """Integers times integers: each row of the activations is rounded to integers, too, in steps of
     its own.
 
@@ -43,7 +56,6 @@ class RowInt8Linear(PackedLinear):
 
     def __init__(self, leaf: Int8Linear, *, fine: bool = False) -> None:
         super().__init__(leaf)
-        self.scale = leaf.scale
         self.fine = fine
 
     @property
@@ -78,11 +90,6 @@ class RowInt8Linear(PackedLinear):
     def encode(self, steps: Float[Tensor, "n in"]) -> Tensor:
         """As `product` takes them."""
         return steps
-
-    def floats(
-        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
-    ) -> Float[Tensor, "n in"]:
-        return Int8Linear(rows, self.scale[places]).dequantized()
 
     def product(self, integers: Tensor) -> Float[Tensor, "n out"]:
         """Of integers, at most `top` to either side, and the weight."""
@@ -160,11 +167,10 @@ class FBGEMMInt7Linear(FBGEMMInt8Linear):
     FINE = ("_proj", "lm_head")  # all
 
 
-class WeightOnlyInt8Linear(PackedLinear):
+class WeightOnlyInt8Linear(PackedInt8Linear):
     """Bytes that are turned to floats as they are read: exact in the activations, slow for many."""
 
     title = "int8 weights, float activations"
-    scale: Float[Tensor, " out"]
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
@@ -173,21 +179,15 @@ class WeightOnlyInt8Linear(PackedLinear):
 
     def __init__(self, leaf: Int8Linear) -> None:
         super().__init__(leaf)
-        self.packed, self.scale = leaf.weight, leaf.scale
+        self.packed = leaf.weight
 
     def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        x = prepared
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale.type_as(x))
-        return y.view(*x.shape[:-1], len(self.packed))
+        rows = prepared.reshape(-1, prepared.shape[-1])
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale.type_as(rows))
+        return y.view(*prepared.shape[:-1], self.shape[0])
 
     def row_major(self) -> Int8[Tensor, "out in"]:
         return self.packed
-
-    def floats(
-        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
-    ) -> Float[Tensor, "n in"]:
-        return Int8Linear(rows, self.scale[places]).dequantized()
 
 
 class CPUInt4Linear(PackedLinear):
@@ -207,8 +207,7 @@ class CPUInt4Linear(PackedLinear):
         self.scales = torch.stack([leaf.scale, leaf.zero], dim=-1).transpose(0, 1).contiguous()
 
     def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        x = prepared
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = prepared.reshape(-1, prepared.shape[-1]).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows, self.packed, GROUP, self.scales).type_as(x)
-        return y.view(*x.shape[:-1], self.shape[0])
+        y = multiply(rows, self.packed, GROUP, self.scales).type_as(prepared)
+        return y.view(*prepared.shape[:-1], self.shape[0])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear, QuantizedLinear
+from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear, QuantizedLinear, joined
 from llama32.adapt.tied import QuantizedEmbedding, is_tied, linear_layers
 from llama32.model import Llama
 
@@ -18,9 +18,8 @@ def quantize(model: Llama, scheme: str) -> Llama:
 
     Norms stay as they are. The head, and an embedding that is tied to it, get int8 in either
     scheme: every logit comes from them. So do layers whose rows the groups of int4 do not fill.
-    The layers are in their plain form, to be looked at, saved
-    and moved; `optimize(model)` makes them fast. How much either costs in accuracy is in
-    `benchmarks/results/quantization.md`.
+    The layers are in their plain form, to be looked at, saved and moved; `optimize(model)` makes
+    them fast. How much either costs in accuracy is in `benchmarks/results/quantization.md`.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize: there is no scheme {scheme!r}, only {', '.join(SCHEMES)}")
@@ -37,8 +36,8 @@ def quantize_layer(model: Llama, name: str, scheme: str) -> None:
         return
     needs_eight_bits = name == "lm_head" or layer.in_features % GROUP
     form = Int8Linear if needs_eight_bits else SCHEMES[scheme]
-    pieces = [[*form.of(piece).buffers()] for piece in layer.weight.split(PIECE)]
-    quantized = form(*map(torch.cat, zip(*pieces, strict=True)))
+    quantized = joined([form.of(piece) for piece in layer.weight.split(PIECE)])
+    assert isinstance(quantized, QuantizedLinear)
     tied = name == "lm_head" and is_tied(model)
     model.set_submodule(name, quantized)
     model.config = replace(model.config, quantization=scheme)

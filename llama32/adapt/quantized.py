@@ -5,7 +5,7 @@ forms here turn it back into floats, then multiply: readable, the same on every 
 They are what is saved and loaded, and the oracle of the fast forms in `packed.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int, Int8, UInt8
@@ -51,6 +51,29 @@ class QuantizedLinear(nn.Module):
 
 
 Layer = nn.Linear | QuantizedLinear
+
+
+def some_rows(layer: Layer, chosen: slice) -> Layer:
+    """The layer that gives some of its outputs; its tensors are views."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.rows(chosen)
+    return _linear(layer.weight.detach()[chosen])
+
+
+def joined(layers: Sequence[Layer]) -> Layer:
+    """One layer with the rows of all, which are of one kind."""
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    if isinstance(first, QuantizedLinear):
+        return type(first)(*map(torch.cat, zip(*(x.buffers() for x in layers), strict=True)))
+    return _linear(torch.cat([layer.weight.detach() for layer in layers]))
+
+
+def _linear(weight: Float[Tensor, "out in"]) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer
 
 
 class Int8Linear(QuantizedLinear):

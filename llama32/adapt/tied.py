@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llama32.adapt.packed import PackedLinear
+from llama32.adapt.packed import PackedLinear, refuse_gradient
 from llama32.adapt.quantized import QuantizedLinear
 from llama32.model import Llama
 
@@ -42,6 +42,7 @@ class PackedHead(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B V"]:
+        refuse_gradient(x)
         prepared = self.block(0).prepare(x)
         return torch.cat([self.block(i).multiply(prepared) for i in range(len(self.blocks))], -1)
 

@@ -3,6 +3,7 @@
 For measuring only: the tokenizer is left out, so llama.cpp takes ids and gives logits.
 """
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -100,6 +101,5 @@ def rope_factors(config: LlamaConfig) -> np.ndarray | None:
     """By how much each rotary pair is slowed for long context; None where none is."""
     if config.rope_scaling is None:
         return None
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    plain = 1.0 / config.rope_theta ** (pairs / config.head_dim)
-    return (plain / rotary_speeds(config)).numpy()
+    plain = dataclasses.replace(config, rope_scaling=None)
+    return (rotary_speeds(plain) / rotary_speeds(config)).numpy()

@@ -71,7 +71,7 @@ class PeerName(StrEnum):
     llama_cpp = "llama.cpp"
 
 
-MODULES = {PeerName.transformers: "transformers", PeerName.llama_cpp: "llama_cpp"}
+MODULES = {PeerName.transformers: ["transformers"], PeerName.llama_cpp: ["llama_cpp", "gguf"]}
 GGUF_TYPES = {Form.int8: "Q8_0", Form.int4: "Q4_0"}
 
 
@@ -80,7 +80,7 @@ def plan_for(
 ) -> Plan:
     """ValueError where a peer is not installed."""
     for peer in peers:
-        if find_spec(MODULES[peer]) is None:
+        if None in map(find_spec, MODULES[peer]):
             raise ValueError(f"--peer {peer}: not installed; pip install 'llama32[bench]'")
     theirs = {
         PeerName.transformers: "as stored",

@@ -38,11 +38,8 @@ def tables(plan: Plan, found: Measured) -> list[Table]:
     names = list(found.loading)
     compared = [f"{names[0]}: times as fast as", *names[1:]]
     return [
-        Table(["tokens/s", *names], [[t, *speeds(plan, found, t)] for t in found.runs]),
-        Table(
-            compared,
-            [[t, *ratios(found, t)] for t in found.runs],
-        ),
+        Table(["tokens/s", *names], [[task, *speeds(plan, found, task)] for task in found.runs]),
+        Table(compared, [[task, *ratios(found, task)] for task in found.runs]),
         Table(["", *names], resources(plan, found)),
     ]
 

@@ -21,10 +21,11 @@ from llama32.bench.contenders import KINDS
 from llama32.bench.turns import run_once
 
 
-def peak_memory() -> int:
-    """The most that this process has held, in bytes, files that it maps included (VmHWM)."""
+def resident(key: str) -> int:
+    """Bytes that this process holds (VmRSS), or held at most (VmHWM), files that it maps included;
+    0 where no kernel tells."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
@@ -41,7 +42,7 @@ def serve(name: str, form: str, folder: Path) -> None:
         request: dict[str, Any] = json.loads(line)
         what = request.pop("what")
         if what == "memory":
-            reply({"peak": peak_memory()})
+            reply({"peak": resident("VmHWM")})
         else:
             run = run_once(partial(timed, getattr(contender, what), request))
             reply({"seconds": run.seconds, "others": run.others})

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from llama32.adapt.fused import Part, Product, joined, parts, siblings
+from llama32.adapt.fused import Part, Product, parts, siblings
 from llama32.adapt.packed import TiledLinear
-from llama32.adapt.quantized import Int4Linear, Int8Linear
+from llama32.adapt.quantized import Int4Linear, Int8Linear, joined
 
 
 def layers(sizes: tuple[int, ...] = (5, 3, 4)) -> list[nn.Linear]:
@@ -42,6 +42,8 @@ def test_each_gets_its_own_rows_of_one_product(monkeypatch):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert len(calls) == 1 + 3
+    for part, layer in zip(fused(some), some, strict=True):
+        assert torch.equal(part.unpacked(), layer.weight)
 
 
 def test_another_input_is_another_product_also_if_it_is_equal():

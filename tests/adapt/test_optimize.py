@@ -8,7 +8,7 @@ from llama32 import Engine, EngineSettings, Sampling, load_model
 from llama32.adapt import optimize as module
 from llama32.adapt.optimize import ROWS, Choice, Optimizer, Trial, cut, optimize
 from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, TiledLinear
-from llama32.adapt.packed_int import OneDNNInt8Linear, WeightOnlyInt8Linear
+from llama32.adapt.packed_int import CPUInt4Linear, OneDNNInt8Linear, WeightOnlyInt8Linear
 from llama32.adapt.quantize import quantize
 from llama32.adapt.quantized import Int4Linear, Int8Linear
 from llama32.adapt.tied import PackedEmbedding, PackedHead
@@ -125,6 +125,17 @@ def test_a_layer_that_the_form_of_its_kind_does_not_fit_stays_as_it_is(only):
     assert kinds["layers.0.attn.o_proj"] is WeightOnlyInt8Linear
     assert kinds["layers.0.mlp.down_proj"] is Int8Linear
     assert model(TOKENS).isfinite().all()
+
+
+def test_layers_are_not_joined_to_what_their_form_does_not_fit(only):
+    """Queries alone would be rows enough for int4; with keys and values they are some too many."""
+    model = quantize(
+        small(num_attention_heads=4, num_key_value_heads=2, head_dim=20, vocab_size=160), "int4"
+    )
+    model.set_submodule("layers.0.attn.v_proj", Int4Linear.of(torch.randn(20, 64)))
+    only(CPUInt4Linear)
+    Optimizer().replace(model, "layers.0.attn.q_proj")
+    assert type(model.layers[0].attn.q_proj) is Int4Linear
 
 
 def test_a_layer_is_cut_into_rows():

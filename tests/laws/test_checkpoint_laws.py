@@ -13,7 +13,7 @@ from llama32.adapt.quantize import quantize
 from llama32.checkpoint import inspect, load_model
 from llama32.model import Llama
 from llama32.saving import save
-from tests.checkpoints import LLAMA3, edit_json, random_model, tiny_config, write_meta
+from tests.checkpoints import LLAMA3, edit_json, edit_tensors, random_model, tiny_config, write_meta
 
 SHAPES = {
     "tied": {},
@@ -159,6 +159,30 @@ def test_quantizing_while_loading_is_quantizing_what_was_loaded(tmp_path):
     save(random_model(tiny_config(**sizes)), tmp_path)
     at_once = llama32.load_model(tmp_path, quantize="int4")
     assert torch.equal(at_once(TOKENS), quantize(load_model(tmp_path), "int4")(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"scheme": ["int8"]}, "scheme has the wrong type"),
+        ({"scheme": "int3"}, "no scheme 'int3'"),
+        ({"scheme": None}, "scheme is missing"),
+        ({"scheme": "int8", "group": 32}, "unknown key group"),
+    ],
+)
+def test_what_is_said_of_quantization_is_checked_like_all_else(said, message, tmp_path):
+    save(quantize(random_model(tiny_config()), "int8"), tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "llama32"} | said)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_quantized_weight_that_holds_floats_is_refused(tmp_path):
+    save(quantize(random_model(tiny_config()), "int8"), tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(ValueError, match=f"{name} in float32, but config.json says int8"):
+        load_model(tmp_path)
 
 
 def test_a_checkpoint_of_another_quantizer_is_refused_by_name(tmp_path):
