@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llama32.adapt.quantized import Layer, QuantizedLinear
-from llama32.adapt.tied import QuantizedEmbedding
+from llama32.adapt.tied import QuantizedEmbedding, StoredEmbedding, is_tied
 from llama32.config import LlamaConfig
 from llama32.layouts import (
     HUB_FILE,
@@ -25,9 +25,6 @@ from llama32.layouts import (
     META_FILES,
     PARTS,
     Layout,
-    MappedFiles,
-    StoredTensor,
-    few,
     names,
     open_hub,
     open_meta,
@@ -36,6 +33,7 @@ from llama32.layouts import (
     tensors,
 )
 from llama32.model import Llama
+from llama32.stored import MappedFiles, StoredTensor, few
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +140,10 @@ def load_model(
     a file that is changed or cut while it is mapped changes or kills the process. NaN and infinity
     are warned of; to look for them costs 0.04 s per GB. `on_progress(done, total)` counts the bytes
     read. `on_layer(model, name)` is called for each linear layer as soon as its weight is there,
-    and may put another in its place: then the model is never in memory as it is stored. What was
-    found is logged at level INFO. Whatever is wrong with the files is a ValueError or a
+    and may put another in its place: then the model is never in memory as it is stored. If that
+    unties the embedding from the head, its rows are read from the file when they are looked up, so
+    the file must not be overwritten while the model is in use (it may be replaced). What was found
+    is logged at level INFO. Whatever is wrong with the files is a ValueError or a
     FileNotFoundError of one line.
     """
     if dtype not in (None, *FLOATS):
@@ -163,10 +163,8 @@ def load_model(
             _place(model, name, tensor)
             done += stored.nbytes
         del tensor
-        if layer == "embed" and found.config.tie_word_embeddings:
-            layer = "lm_head"
-        if on_layer is not None and isinstance(model.get_submodule(layer), Layer):
-            on_layer(model, layer)
+        if on_layer is not None:
+            _offer(model, layer, on_layer, found.tensors)
         if on_progress is not None:
             on_progress(done, total)
     if broken:
@@ -196,6 +194,37 @@ def _place(model: Llama, name: str, tensor: Tensor) -> None:
     module.weight = nn.Parameter(tensor)
     if layer == "embed" and model.config.tie_word_embeddings:
         model.lm_head.weight = module.weight
+
+
+def _offer(
+    model: Llama,
+    layer: str,
+    on_layer: Callable[[Llama, str], None],
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    """A linear layer whose weight is there, for another to be put in its place."""
+    was_tied = is_tied(model)
+    if layer == "embed" and was_tied:
+        layer = "lm_head"
+    if not isinstance(model.get_submodule(layer), Layer):
+        return
+    on_layer(model, layer)
+    if was_tied and not is_tied(model) and model.norm.weight.device.type != "cuda":
+        model.set_submodule("embed", _in_file(model.embed, stored))
+
+
+def _in_file(embed: nn.Module, stored: Mapping[str, StoredTensor]) -> nn.Module:
+    """The same embedding without its tensors, where they lie in a file row by row."""
+    parts = [tensor.rows() for name, tensor in stored.items() if name.startswith("embed.")]
+    rows = [part for part in parts if part is not None]
+    if len(rows) < len(parts):
+        return embed
+    if isinstance(embed, nn.Embedding):
+        return StoredEmbedding(rows, lambda vectors: vectors, embed.weight.dtype)
+    assert isinstance(embed, QuantizedEmbedding)
+    form = type(embed.layer)
+    layer = form if len(rows) > 1 else form.of  # of the parts of one, or of floats to be rounded
+    return StoredEmbedding(rows, lambda *parts: layer(*parts).dequantized(), embed.like.dtype)
 
 
 def _find(folder: Path) -> tuple[Path, Layout]:

@@ -1,26 +1,18 @@
-"""How checkpoint files lay a model out: one table of names, the Hub's layout and Meta's.
-
-Files are mapped, never read as a whole. A `StoredTensor` says where a tensor lies, in one piece or
-cut into shards, and copies it into memory that says by itself which device and dtype are wanted.
-"""
+"""How checkpoint files lay a model out: one table of names, the Hub's layout and Meta's."""
 
 import dataclasses
-import pickle
-import textwrap
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llama32.adapt.quantize import quantize
 from llama32.config import LlamaConfig
 from llama32.files import read_json
 from llama32.model import Llama
+from llama32.stored import StoredTensor, few, map_tensors
 
 Layout = Literal["hub", "meta"]
 
@@ -90,108 +82,6 @@ def tensors(model: Llama) -> dict[str, Tensor]:
 def shapes(config: LlamaConfig) -> dict[str, torch.Size]:
     """Of every tensor."""
     return {name: tensor.shape for name, tensor in tensors(skeleton(config)).items()}
-
-
-class MappedFiles:
-    """Files that stay mapped until `budget` bytes have been read from them.
-
-    Pages that were read count as memory of this process until their file is unmapped. To map anew
-    for every tensor would hold the least, but parses the pickles of Meta's layout hundreds of
-    times.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.read = 0
-        self.open: dict[Path, Callable[[str], Tensor]] = {}
-
-    def tensor(self, file: Path, name: str, nbytes: int) -> Tensor:
-        """A mapped tensor of that size. Let go of it before the next: it keeps its file mapped."""
-        if self.read + nbytes > self.budget:
-            self.open.clear()
-            self.read = 0
-        self.read += nbytes
-        if file not in self.open:
-            if file.suffix == ".safetensors":  # one by one: to make a tensor touches its pages
-                self.open[file] = safe_open(file, framework="pt").get_tensor
-            else:
-                self.open[file] = map_tensors(file).__getitem__
-        return self.open[file](name)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: whole in one file, or in equal pieces over several."""
-
-    name: str  # as the files call it
-    files: tuple[Path, ...]
-    shape: torch.Size  # of the whole
-    dtype: torch.dtype
-    axis: int = 0  # along which it is cut into pieces
-    pairs: int = 0  # R where the rows of each head are rotary pairs side by side, as Meta's q and k
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def copy_to(self, out: Tensor, files: MappedFiles) -> None:
-        """Copy straight from the mapped files to the device and dtype of `out`."""
-        parts = out.chunk(len(self.files), self.axis)
-        for file, part in zip(self.files, parts, strict=True):
-            piece = files.tensor(file, self.name, self.nbytes // len(self.files))
-            if self.pairs:  # row 2r + half of each head goes to row half * R + r
-                piece = piece.unflatten(0, (-1, self.pairs, 2)).transpose(1, 2)
-                part = part.unflatten(0, (-1, 2, self.pairs))
-            part.copy_(piece)
-            del piece
-
-    def read(self) -> Tensor:
-        """The tensor as it is stored: mapped where it is whole, assembled where it is cut."""
-        files = MappedFiles(budget=self.nbytes)
-        if len(self.files) == 1:
-            return files.tensor(self.files[0], self.name, self.nbytes)
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        self.copy_to(whole, files)
-        return whole
-
-
-# What the two readers raise on files that were cut or overwritten, as found by damaging some.
-DAMAGED = (
-    SafetensorError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    UnicodeDecodeError,
-)
-
-
-def map_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped into memory: none of their bytes is read yet."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except DAMAGED as error:
-        reason = textwrap.shorten(str(error), 100)
-        raise ValueError(
-            f"{file}: cannot be read ({type(error).__name__}: {reason}); if it is cut short or "
-            "damaged, download it again"
-        ) from error
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file}: refused, because its pickle holds more than tensors and could run code; "
-            "take the weights from a source that you trust, as safetensors"
-        ) from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: holds a {type(tensors).__name__}, not a dictionary of tensors")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{file}: {name!r} is not the name of a tensor; is this a Llama?")
-    return tensors
 
 
 def open_hub(folder: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
@@ -287,9 +177,3 @@ def _join(
             shape[axis] = size
             return StoredTensor(name, files, torch.Size(shape), first.dtype, axis)
     return StoredTensor(name, files[:1], first.shape, first.dtype)
-
-
-def few(names: Collection[str]) -> str:
-    """The first names of many, for an error of one line."""
-    first = ", ".join(sorted(names)[:3])
-    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

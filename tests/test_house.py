@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down only: a module may import those on lower floors, never its own or a higher one.
 FLOORS = (
-    ("files", "bpe", "settings", "adapt.__init__", "bench.__init__"),
+    ("files", "bpe", "settings", "stored", "adapt.__init__", "bench.__init__"),
     ("adapt.quantized", "config", "attention", "batch", "tokenizer", "sampling", "stopping"),
     ("rope", "paged", "chat", "adapt.packed"),
     ("flash", "model", "adapt.packed_int", "adapt.fused"),
@@ -98,7 +98,7 @@ def test_the_heart_can_be_read_in_one_sitting():
     assert len((PACKAGE / "generate.py").read_text().splitlines()) <= 130
 
 
-@pytest.mark.parametrize(("part", "limit"), [("", 6700), ("adapt", 1500), ("bench", 800)])
+@pytest.mark.parametrize(("part", "limit"), [("", 6800), ("adapt", 1500), ("bench", 800)])
 def test_each_part_of_the_house_keeps_its_size(part, limit):
     """The model, its checkpoints and its engine; what changes it; what measures it."""
     own = [path for path in FILES if path.parent.name == part]

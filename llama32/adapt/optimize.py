@@ -28,7 +28,7 @@ from llama32.adapt.packed_int import (
     WeightOnlyInt8Linear,
 )
 from llama32.adapt.quantized import Layer, QuantizedLinear, joined, some_rows
-from llama32.adapt.tied import BLOCK, PackedEmbedding, PackedHead, is_tied, linear_layers
+from llama32.adapt.tied import linear_layers
 from llama32.model import Llama
 
 Form = type[PackedLinear]
@@ -90,7 +90,7 @@ class Optimizer:
 
     def replace(self, model: Llama, name: str) -> None:
         """The linear layer of that name. Those that are given the same input are replaced together,
-        when all of their weights are there. Of a tied head, the embedding then reads its rows."""
+        when all of their weights are there."""
         layer = model.get_submodule(name)
         if not isinstance(layer, Layer):
             return
@@ -109,11 +109,7 @@ class Optimizer:
                 raise ValueError(f"optimize: {each} has hooks that would be lost; take them off")
         is_fine = issubclass(form, RowInt8Linear) and name.endswith(form.FINE)
         pack = partial(form, **{"fine": True} if is_fine else {})
-        if name == "lm_head" and form.unpacks and is_tied(model):
-            head = PackedHead([pack(part) for part in cut(layer, BLOCK)])
-            model.set_submodule("lm_head", head)
-            model.set_submodule("embed", PackedEmbedding(head, model.norm.weight.dtype))
-        elif len(group) == 1:
+        if len(group) == 1:
             model.set_submodule(name, pack(layer))
         else:
             sizes = [len(x.weight) for x in layers]
@@ -138,7 +134,8 @@ def optimize(model: Llama) -> Optimizer:
     For use, not for training: the weights are no parameters any more, and cannot be saved. What is
     computed is the same within the rounding of the dtype; int8 layers round their activations, too,
     which costs another 1%. Layer after layer is let go when its form is there, so memory peaks at
-    the model and its largest layer; `load(..., optimize=True)` packs what it reads and needs less.
+    the model and its largest layer. An embedding that was tied to the head is a copy beside it now;
+    `load(..., optimize=True)` packs what it reads, and leaves the embedding in its file.
     """
     optimizer = Optimizer()
     for name in linear_layers(model):

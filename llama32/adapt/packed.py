@@ -10,7 +10,7 @@ here takes the place of a leaf and keeps its weight once. Which is fastest is fo
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from llama32.adapt.quantized import Layer
@@ -21,7 +21,6 @@ class PackedLinear(nn.Module):
     model that is packed can be neither moved nor cast."""
 
     title: ClassVar[str]
-    unpacks: ClassVar[bool] = False  # whether `row_major` takes no longer than to read the weight
     packed: Any
 
     @classmethod
@@ -34,31 +33,20 @@ class PackedLinear(nn.Module):
         self.shape = leaf.weight.shape
         self.nbytes = sum(x.nbytes for x in (*leaf.parameters(), *leaf.buffers()))
 
-    def prepare(self, x: Float[Tensor, "*B in"]) -> Any:
-        """What the blocks of a head, which all read the same input, can share."""
-        return x
-
-    def multiply(self, prepared: Any) -> Float[Tensor, "*B out"]:
-        """The product with what was prepared."""
-        raise NotImplementedError
-
     def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        refuse_gradient(x)
-        return self.multiply(self.prepare(x))
+        if x.requires_grad and torch.is_grad_enabled():  # none would come back, and nobody notice
+            raise RuntimeError(
+                "a packed layer has no gradient: train the model as it was before it was optimized"
+            )
+        return self.multiply(x)
 
-    def row_major(self) -> Num[Tensor, "out in"]:
-        """The weight as it was, or the integers of it."""
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        """The product with the weight."""
         raise NotImplementedError
-
-    def floats(
-        self, rows: Num[Tensor, "n in"], places: slice | Int[Tensor, " n"]
-    ) -> Float[Tensor, "n in"]:
-        """What rows of it stand for, which were taken from these places."""
-        return rows
 
     def unpacked(self) -> Float[Tensor, "out in"]:
-        """The whole weight."""
-        return self.floats(self.row_major(), slice(None))
+        """The weight as it was."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """As printed, and for code that asks whether two layers compute alike."""
@@ -69,7 +57,6 @@ class OneDNNLinear(PackedLinear):
     """oneDNN's blocks, in the dtype of the weight."""
 
     title = "oneDNN"
-    unpacks = True
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
@@ -84,10 +71,10 @@ class OneDNNLinear(PackedLinear):
         super().__init__(leaf)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(leaf.weight.detach(), 1)
 
-    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        return torch.ops.mkldnn._linear_pointwise(prepared, self.packed, None, "none", [], "")
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
-    def row_major(self) -> Float[Tensor, "out in"]:
+    def unpacked(self) -> Float[Tensor, "out in"]:
         return self.packed.to_dense()
 
 
@@ -112,11 +99,10 @@ class FBGEMMLinear(PackedLinear):
             raise ValueError("a weight is beyond what fp16 can hold, 65504")
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
-    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        wide = prepared.float()
-        return torch.ops.quantized.linear_dynamic_fp16(wide, self.packed).type_as(prepared)
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).type_as(x)
 
-    def row_major(self) -> Float[Tensor, "out in"]:
+    def unpacked(self) -> Float[Tensor, "out in"]:
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
 
@@ -137,23 +123,15 @@ class TiledLinear(PackedLinear):
         super().__init__(leaf)
         self.packed = leaf.weight.detach()
 
-    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        if prepared.shape[:-1].numel() <= self.FEW:
-            return nn.functional.linear(prepared, self.packed)
-        wide = prepared.float()
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        if x.shape[:-1].numel() <= self.FEW:
+            return nn.functional.linear(x, self.packed)
+        wide = x.float()
         tiles = [wide @ tile.float().mT for tile in self.packed.split(self.TILE)]
-        return torch.cat(tiles, dim=-1).type_as(prepared)
+        return torch.cat(tiles, dim=-1).type_as(x)
 
-    def row_major(self) -> Float[Tensor, "out in"]:
+    def unpacked(self) -> Float[Tensor, "out in"]:
         return self.packed
-
-
-def refuse_gradient(x: Tensor) -> None:
-    """None would come back through a packed layer, and nobody would notice."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "a packed layer has no gradient: train the model as it was before it was optimized"
-        )
 
 
 def on_x86(leaf: Layer) -> bool:

@@ -1,11 +1,10 @@
 """Packed forms of quantized layers: by products of integers, or by turning them into floats."""
 
 import warnings
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from llama32.adapt.packed import PackedLinear, has_fbgemm, on_x86
@@ -15,13 +14,6 @@ EXACT_ROWS = 64
 PIECE = 128  # rows that are rounded and scaled at a time, so that what is between stays in a cache
 
 
-class Rounded(NamedTuple):
-    """Activations as products of integers take them, in pieces of a few rows."""
-
-    pieces: Sequence[tuple[Tensor, Float[Tensor, "n 1"]]]  # integers, and the step of each row
-    like: Tensor  # what they were made of
-
-
 class PackedInt8Linear(PackedLinear):
     """What all forms of int8 layers have: a scale for each row."""
 
@@ -29,10 +21,12 @@ class PackedInt8Linear(PackedLinear):
         super().__init__(leaf)
         self.scale = leaf.scale
 
-    def floats(
-        self, rows: Int8[Tensor, "n in"], places: slice | Int[Tensor, " n"]
-    ) -> Float[Tensor, "n in"]:
-        return Int8Linear(rows, self.scale[places]).dequantized()
+    def integers(self) -> Int8[Tensor, "out in"]:
+        """The weight, but for its scale."""
+        raise NotImplementedError
+
+    def unpacked(self) -> Float[Tensor, "out in"]:
+        return Int8Linear(self.integers(), self.scale).dequantized()
 
 
 class RowInt8Linear(PackedInt8Linear):
@@ -63,13 +57,11 @@ class RowInt8Linear(PackedInt8Linear):
         """The largest integer that stands for an activation."""
         return 2 ** (self.bits - 1) - 1
 
-    def prepare(self, x: Float[Tensor, "*B in"]) -> Rounded:
-        return Rounded([self.round(piece) for piece in x.reshape(-1, x.shape[-1]).split(PIECE)], x)
-
-    def multiply(self, prepared: Rounded) -> Float[Tensor, "*B out"]:
-        x = prepared.like
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         y = x.new_empty(x.shape[:-1].numel(), self.shape[0])
-        for (integers, step), rows in zip(prepared.pieces, y.split(PIECE), strict=True):
+        pieces = x.reshape(-1, x.shape[-1]).split(PIECE)
+        for piece, rows in zip(pieces, y.split(PIECE), strict=True):
+            integers, step = self.round(piece)
             sums = self.product(integers)
             if self.fine:
                 sums, rest = sums.chunk(2)
@@ -81,11 +73,12 @@ class RowInt8Linear(PackedInt8Linear):
         """Integers, and the step from one to the next; with `fine` the rest in rows behind."""
         wide = x.float()
         step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
-        steps = (wide / step).round_()
-        if self.fine:  # at most half a step is left, in steps of 1 / (2 top) of it
-            rest = (wide - steps * step).div_(step).mul_(2 * self.top).round_()
-            steps = torch.cat([steps, rest])
-        return self.encode(steps), step
+        exact = wide / step
+        if not self.fine:
+            return self.encode(exact.round_()), step
+        steps = exact.round()
+        rest = exact.sub_(steps).mul_(2 * self.top).round_()  # of half a step at most
+        return self.encode(torch.cat([steps, rest])), step
 
     def encode(self, steps: Float[Tensor, "n in"]) -> Tensor:
         """As `product` takes them."""
@@ -109,7 +102,6 @@ class OneDNNInt8Linear(RowInt8Linear):
     """By oneDNN, with its instructions for dot products of bytes."""
 
     title = "oneDNN, int8 activations by row"
-    unpacks = True
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
@@ -129,7 +121,7 @@ class OneDNNInt8Linear(RowInt8Linear):
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
-    def row_major(self) -> Int8[Tensor, "out in"]:
+    def integers(self) -> Int8[Tensor, "out in"]:
         return self.packed.to_dense().mT.contiguous()
 
 
@@ -155,7 +147,7 @@ class FBGEMMInt8Linear(RowInt8Linear):
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         return multiply(integers, 1.0, self.top + 1, self.packed)
 
-    def row_major(self) -> Int8[Tensor, "out in"]:
+    def integers(self) -> Int8[Tensor, "out in"]:
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
 
@@ -181,12 +173,12 @@ class WeightOnlyInt8Linear(PackedInt8Linear):
         super().__init__(leaf)
         self.packed = leaf.weight
 
-    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        rows = prepared.reshape(-1, prepared.shape[-1])
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1])
         y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale.type_as(rows))
-        return y.view(*prepared.shape[:-1], self.shape[0])
+        return y.view(*x.shape[:-1], self.shape[0])
 
-    def row_major(self) -> Int8[Tensor, "out in"]:
+    def integers(self) -> Int8[Tensor, "out in"]:
         return self.packed
 
 
@@ -206,8 +198,8 @@ class CPUInt4Linear(PackedLinear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(leaf.integers.int(), 1)
         self.scales = torch.stack([leaf.scale, leaf.zero], dim=-1).transpose(0, 1).contiguous()
 
-    def multiply(self, prepared: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        rows = prepared.reshape(-1, prepared.shape[-1]).bfloat16()
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows, self.packed, GROUP, self.scales).type_as(prepared)
-        return y.view(*prepared.shape[:-1], self.shape[0])
+        y = multiply(rows, self.packed, GROUP, self.scales).type_as(x)
+        return y.view(*x.shape[:-1], self.shape[0])

@@ -1,22 +1,18 @@
-"""The head and the embedding when they are one matrix, and one of them takes another form.
+"""The head and the embedding when they are one matrix, and the head takes another form.
 
-Its rows are the embeddings; a product with all of them is the head. It is a fifth of Llama 3.2 1B,
-so it is kept once.
+A quantized head can still be looked up in, row by row. What a library has packed cannot. A fifth of
+Llama 3.2 1B is not kept twice for that: the embedding then reads its rows from the file, a few KB
+for each token.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llama32.adapt.packed import PackedLinear, refuse_gradient
 from llama32.adapt.quantized import QuantizedLinear
 from llama32.model import Llama
-
-BLOCK = 2048  # rows that are packed together, and unpacked together
-BLOCKS_KEPT = 16  # of them unpacked: most of a text is of few words
 
 
 class QuantizedEmbedding(nn.Module):
@@ -34,53 +30,23 @@ class QuantizedEmbedding(nn.Module):
         return rows.type_as(self.like).view(*tokens.shape, -1)
 
 
-class PackedHead(nn.Module):
-    """A head in blocks of rows, each packed for itself, so that each can be unpacked alone."""
+Rows = Callable[[Int[Tensor, " n"]], Tensor]  # those of a tensor that is not in memory
 
-    def __init__(self, blocks: Sequence[PackedLinear]) -> None:
+
+class StoredEmbedding(nn.Module):
+    """Looks vectors up where they are stored: `vectors` makes them of the rows that were read."""
+
+    def __init__(
+        self, parts: Sequence[Rows], vectors: Callable[..., Tensor], dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B V"]:
-        refuse_gradient(x)
-        prepared = self.block(0).prepare(x)
-        return torch.cat([self.block(i).multiply(prepared) for i in range(len(self.blocks))], -1)
-
-    def block(self, i: int) -> PackedLinear:
-        """One of them."""
-        block = self.blocks[i]
-        assert isinstance(block, PackedLinear)
-        return block
-
-
-class PackedEmbedding(nn.Module):
-    """Looks vectors up in a packed head, by unpacking the blocks that hold them."""
-
-    def __init__(self, head: PackedHead, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.head = head
+        self.parts = parts
+        self.vectors = vectors
         self.dtype = dtype
-        self._unpacked: OrderedDict[int, Tensor] = OrderedDict()  # the latest last
 
     def forward(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B E"]:
-        ids, order = tokens.flatten().sort()
-        numbers, counts = (ids // BLOCK).unique_consecutive(return_counts=True)
-        rows = [
-            self._rows(number, its_ids - number * BLOCK)
-            for number, its_ids in zip(numbers.tolist(), ids.split(counts.tolist()), strict=True)
-        ]
-        found = torch.empty(len(ids), *rows[0].shape[1:], dtype=self.dtype)
-        return found.index_copy_(0, order, torch.cat(rows).to(self.dtype)).view(*tokens.shape, -1)
-
-    def _rows(self, i: int, places: Int[Tensor, " n"]) -> Float[Tensor, "n E"]:
-        """Some of a block."""
-        block = self.head.block(i)
-        if i not in self._unpacked:
-            self._unpacked[i] = block.row_major()
-        self._unpacked.move_to_end(i)
-        if len(self._unpacked) > BLOCKS_KEPT:
-            self._unpacked.popitem(last=False)
-        return block.floats(self._unpacked[i][places], places)
+        rows = (part(tokens.flatten()) for part in self.parts)
+        return self.vectors(*rows).to(self.dtype).view(*tokens.shape, -1)
 
 
 def linear_layers(model: Llama) -> list[str]:

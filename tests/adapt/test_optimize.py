@@ -11,10 +11,10 @@ from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, Tiled
 from llama32.adapt.packed_int import CPUInt4Linear, OneDNNInt8Linear, WeightOnlyInt8Linear
 from llama32.adapt.quantize import quantize
 from llama32.adapt.quantized import Int4Linear, Int8Linear
-from llama32.adapt.tied import PackedEmbedding, PackedHead
+from llama32.adapt.tied import StoredEmbedding
 from llama32.model import Llama
 from llama32.saving import save
-from tests.checkpoints import random_model, tiny_config
+from tests.checkpoints import random_model, tiny_config, write_meta
 
 TOKENS = torch.arange(120).view(2, 60)
 
@@ -25,7 +25,11 @@ def small(**changes) -> Llama:
 
 
 def leaves(model: Llama) -> dict[str, type]:
-    return {name: type(part) for name, part in model.named_modules() if not [*part.children()]}
+    return {
+        name: type(part)
+        for name, part in model.named_modules()
+        if not [*part.children()] and not name.startswith("embed")
+    }
 
 
 @pytest.fixture
@@ -70,31 +74,13 @@ def test_every_linear_layer_is_replaced_and_logits_stay(form, tied, only):
     assert not packed.requires_grad
 
 
-def test_a_tied_head_is_kept_once_where_it_can_be_unpacked(only, monkeypatch):
-    monkeypatch.setattr("llama32.adapt.tied.BLOCK", 48)
-    monkeypatch.setattr("llama32.adapt.optimize.BLOCK", 48)
-    monkeypatch.setattr("llama32.adapt.tied.BLOCKS_KEPT", 2)
+def test_an_embedding_that_was_tied_keeps_its_rows_when_the_head_is_packed(only):
     model = small()
-    if not OneDNNLinear.fits(model.lm_head):
-        pytest.skip("not on this machine")
-    embeddings = model.embed(TOKENS)
-    only(OneDNNLinear)
-    optimize(model)
-    assert isinstance(model.lm_head, PackedHead)
-    assert [model.lm_head.block(i).shape[0] for i in range(4)] == [48, 48, 48, 16]
-    assert isinstance(model.embed, PackedEmbedding)
-    assert torch.equal(model.embed(TOKENS), embeddings)
-    assert torch.equal(model.embed(TOKENS[0, 5]), embeddings[0, 5])
-    assert torch.equal(model.embed(TOKENS.flip(1)), embeddings.flip(1))
-    assert len(model.embed._unpacked) == 2
-
-
-def test_a_tied_head_that_is_not_the_embedding_any_more_leaves_it_alone(only):
-    model = small()
-    model.embed.weight = nn.Parameter(model.embed.weight.clone())
+    weight = model.embed.weight
     only(TiledLinear)
     optimize(model)
-    assert type(model.embed) is nn.Embedding
+    assert type(model.lm_head) is TiledLinear
+    assert model.embed.weight is weight
 
 
 def test_what_has_no_faster_form_stays_as_it_is(monkeypatch):
@@ -212,18 +198,53 @@ def test_a_packed_model_cannot_be_saved_and_says_why(tmp_path, only):
         save(model, tmp_path)
 
 
-def test_an_optimizer_packs_while_loading(tmp_path):
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_an_optimizer_packs_while_loading_and_leaves_the_embedding_in_its_file(
+    scheme, only, tmp_path
+):
+    model = small()
+    if scheme is None:
+        only(TiledLinear)
+    save(model, tmp_path)
+    loaded = load_model(tmp_path, quantize=scheme, optimize=True)
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    if scheme is not None:
+        quantize(model, scheme)
+        save(model, tmp_path / "quantized")
+    embeddings = model.embed(TOKENS)
+    optimize(model)
+    files = [loaded]
+    if scheme is not None:
+        files.append(load_model(tmp_path / "quantized", optimize=True))
+    for loaded in files:
+        embed: nn.Module = loaded.embed
+        assert type(embed) is StoredEmbedding
+        assert not [*embed.parameters(), *embed.buffers()]
+        assert torch.equal(loaded.embed(TOKENS), embeddings)
+        assert loaded.embed(TOKENS).dtype == embeddings.dtype
+        assert leaves(loaded) == leaves(model)
+        assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+def test_stored_rows_come_in_the_dtype_that_was_asked_for(tmp_path):
     model = small()
     save(model, tmp_path)
-    loaded = load_model(tmp_path, optimize=True)
-    assert not any(weight.requires_grad for weight in loaded.parameters())
-    optimize(model)
-    assert leaves(loaded) == leaves(model)
-    assert torch.equal(loaded(TOKENS), model(TOKENS))
-    quantized = load_model(tmp_path, quantize="int8", optimize=True)
-    assert not {nn.Linear, Int8Linear} & set(leaves(quantized).values())
-    if OneDNNInt8Linear.fits(Int8Linear.of(torch.ones(32, 32))):
-        assert isinstance(quantized.embed, PackedEmbedding)
+    loaded = load_model(tmp_path, dtype=torch.float32, optimize=True)
+    assert torch.equal(loaded.embed(TOKENS), model.embed(TOKENS).float())
+    assert loaded.embed(TOKENS[:, :0]).shape == (2, 0, 64)
+    assert loaded.embed(TOKENS[0, 3]).shape == (64,)
+
+
+@pytest.mark.parametrize("layout", ["untied", "meta"])
+def test_an_embedding_stays_in_memory_where_it_is_not_tied_or_no_row_of_a_file(layout, tmp_path):
+    if layout == "meta":
+        write_meta(small(), tmp_path)
+        loaded = load_model(tmp_path, optimize=True)
+    else:
+        save(small(tie_word_embeddings=False), tmp_path)
+        loaded = load_model(tmp_path, optimize=True)
+    assert type(loaded.embed) is nn.Embedding
+    assert loaded(TOKENS).isfinite().all()
 
 
 def test_two_optimizers_of_one_kind_choose_once(monkeypatch):
