@@ -4,6 +4,7 @@ python benchmarks/speed.py FOLDER [--contenders "llama32, optimized" "llama.cpp,
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main() -> None:
         options.runs,
         tell=lambda what: print(what, file=sys.stderr),
     )
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for all, as on the command line
     found = measure(plan)
     report = "\n\n".join([*map(str, tables(plan, found)), f"{footnote(found)}."])
     print(report)

@@ -1,12 +1,13 @@
 """How checkpoint files lay a model out: one table of names, the Hub's layout and Meta's."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llama32.adapt.quantize import quantize
 from llama32.config import LlamaConfig
@@ -59,10 +60,21 @@ def names(layout: Layout, num_layers: int, parts: Collection[str] = ("weight",))
     }
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves new embeddings as they are. Of a tensor without memory nothing can be drawn, but to
+    find that out PyTorch imports its compiler, which takes a second."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
 def skeleton(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
     """The model without its weights, quantized as its config says. What else replaces its layers
     takes the dtype of the norm for that of the activations."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = Llama(config)
     model.norm.to(dtype)
     return model if config.quantization is None else quantize(model, config.quantization)

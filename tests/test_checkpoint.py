@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,12 @@ def test_rotary_speeds_stay_fp32_whatever_the_dtype(tmp_path):
     _, folder = saved(tmp_path)
     model = load_model(folder, dtype=torch.bfloat16)
     assert torch.equal(model.rotary_speeds, rotary_speeds(model.config))
+
+
+def test_to_load_a_model_does_not_take_importing_a_compiler():
+    code = "import sys, llama32; llama32.load('tiny').generate('Once', max_new_tokens=2)"
+    check = "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", f"{code}; {check}"]).returncode == 0
 
 
 def test_a_file_that_changes_after_the_load_does_not_reach_the_model(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import os
 import platform
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def test_help_shows_every_command_also_where_none_is_named():
     for result in (run("--help"), run("-h"), run()):
         for command in ("generate", "chat", "info", "download"):
             assert command in result.stdout + result.stderr
+
+
+def test_large_pages_are_asked_for_unless_the_user_chose_already(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    run("info", "--help")
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    run("info", "--help")
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_the_version_names_what_a_bug_report_needs():
