@@ -80,7 +80,7 @@ def root(
     ] = None,
 ) -> None:
     """Llama 3.2 in pure PyTorch. Where no --model is named, tiny answers, which comes along."""
-    # Large pages where Linux has them: weights are packed in half the time and read a little faster.
+    # Large pages, where Linux has them: weights are packed in half the time, and read faster.
     # PyTorch looks once, when it first takes memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows "?"

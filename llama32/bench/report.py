@@ -1,5 +1,6 @@
 """What was measured, as tables for people and as one object for programs."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,14 +35,20 @@ def rich_tables(plan: Plan, found: Measured) -> Iterator[RichTable]:
 
 
 def tables(plan: Plan, found: Measured) -> list[Table]:
-    """Speed, how that compares with the first contender, and what it takes."""
+    """Speed, how each form of ours compares with all others, and what it takes."""
     names = list(found.loading)
-    compared = [f"{names[0]}: times as fast as", *names[1:]]
     return [
         Table(["tokens/s", *names], [[task, *speeds(plan, found, task)] for task in found.runs]),
-        Table(compared, [[task, *ratios(found, task)] for task in found.runs]),
+        *(compared(found, name) for name in names if name.startswith("llama32")),
         Table(["", *names], resources(plan, found)),
     ]
+
+
+def compared(found: Measured, name: str) -> Table:
+    """How many times as fast as each of the others."""
+    others = [other for other in found.loading if other != name]
+    rows = [[task, *ratios(found, task, name)] for task in found.runs]
+    return Table([f"{name}: times as fast as", *others], rows)
 
 
 def speeds(plan: Plan, found: Measured, task: str) -> list[str]:
@@ -50,10 +57,14 @@ def speeds(plan: Plan, found: Measured, task: str) -> list[str]:
     return [f"{plan.tokens(task) / each:,.1f}" for each in seconds]
 
 
-def ratios(found: Measured, task: str) -> list[str]:
-    """How many times as fast as each of the others the first one is."""
-    first, *others = [median(runs) for runs in found.runs[task].values()]
-    return [f"{other / first:.2f}" for other in others]
+def ratios(found: Measured, task: str, name: str) -> list[str]:
+    """How many times as fast as each of the others it is: the median over the rounds. The memory of
+    a shared machine is faster in one minute than in the next, but within a round nearly the same.
+    """
+    own = found.runs[task][name]
+    others = [runs for other, runs in found.runs[task].items() if other != name]
+    rounds = [[b.seconds / a.seconds for a, b in zip(own, x, strict=True)] for x in others]
+    return [f"{statistics.median(each):.2f}" for each in rounds]
 
 
 def resources(plan: Plan, found: Measured) -> list[list[str]]:
