@@ -158,7 +158,7 @@ def load_model(
         for name in parts:
             stored = found.tensors[name]
             tensor = _read(stored, files, device, dtype)
-            if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            if tensor.dtype in FLOATS and not torch.stack(tensor.aminmax()).isfinite().all():
                 broken.append(stored.name)
             _place(model, name, tensor)
             done += stored.nbytes
@@ -245,13 +245,13 @@ def _find(folder: Path) -> tuple[Path, Layout]:
 def _check_dtypes(
     folder: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.dtype]
 ) -> None:
-    """Floats of any kind where floats are wanted, and just those integers where integers are."""
-    integers = {name: dtype for name, dtype in wanted.items() if not dtype.is_floating_point}
+    """Floats of any kind where floats are wanted, and just those few bits where such are."""
+    few_bits = {name: dtype for name, dtype in wanted.items() if dtype not in FLOATS}
     for name, tensor in stored.items():
-        if name in integers and tensor.dtype != integers[name]:
-            kinds = f"{spelled(tensor.dtype)}, but config.json says {spelled(integers[name])}"
+        if name in few_bits and tensor.dtype != few_bits[name]:
+            kinds = f"{spelled(tensor.dtype)}, but config.json says {spelled(few_bits[name])}"
             raise ValueError(f"{folder}: {name} in {kinds}")
-    if odd := [n for n, x in stored.items() if n not in integers and x.dtype not in FLOATS]:
+    if odd := [n for n, x in stored.items() if n not in few_bits and x.dtype not in FLOATS]:
         kind = spelled(stored[odd[0]].dtype)
         raise ValueError(f"{folder}: {few(odd)} in {kind}; only float weights load")
 

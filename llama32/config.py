@@ -51,7 +51,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # any of these ends a text
     dtype: str | None = None  # what the weights are stored in, e.g. "bfloat16"
-    quantization: str | None = None  # "int8" or "int4", where `llama32.quantize` made the weights
+    quantization: str | None = None  # "int8", ..., where `llama32.quantize` made the weights
 
     def __post_init__(self) -> None:
         for field in fields(self):

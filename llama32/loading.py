@@ -34,7 +34,7 @@ def load_model(
     """The model alone, an nn.Module: from a folder, a Hub id, or "tiny".
 
     It comes in the dtype that it is stored in unless `dtype` says otherwise. `rope_factor` is for
-    Meta's layout, which does not say it. `quantize` ("int8" or "int4") and `optimize` are
+    Meta's layout, which does not say it. `quantize` ("int8", "int4", "fp8") and `optimize` are
     `llama32.quantize` and `llama32.optimize`, done to each layer as it is read, so that the model
     is never in memory in another form. `on_progress(done, total)` counts the bytes read.
     """

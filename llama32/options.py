@@ -63,6 +63,7 @@ class Scheme(StrEnum):
 
     int8 = "int8"
     int4 = "int4"
+    fp8 = "fp8"
 
 
 RopeFactor = Annotated[

@@ -14,7 +14,7 @@ FLOORS = (
     ("adapt.quantized", "config", "attention", "batch", "tokenizer", "sampling", "stopping"),
     ("rope", "paged", "chat", "adapt.packed"),
     ("flash", "model", "adapt.packed_int", "adapt.fused"),
-    ("cache", "adapt.tied"),
+    ("cache", "adapt.tied", "adapt.packed_gpu"),
     ("adapt.quantize", "adapt.optimize", "int8_cache"),
     ("layouts",),
     ("checkpoint", "generate", "train"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llama32.adapt.fused import parts, siblings
 from llama32.adapt.packed import FBGEMMLinear, OneDNNLinear, PackedLinear, TiledLinear
+from llama32.adapt.packed_gpu import CUDAFloat8Linear, CUDAInt4Linear, CUDAInt8Linear
 from llama32.adapt.packed_int import (
     CPUInt4Linear,
     FBGEMMInt7Linear,
@@ -41,6 +42,9 @@ FORMS: tuple[Form, ...] = (
     FBGEMMInt7Linear,
     WeightOnlyInt8Linear,
     CPUInt4Linear,
+    CUDAInt8Linear,
+    CUDAInt4Linear,
+    CUDAFloat8Linear,
 )
 ROWS = 1, 8, 128  # one request decoding, several, and a prompt: what a form is judged by
 MANY = 128

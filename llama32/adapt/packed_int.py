@@ -4,14 +4,13 @@ import warnings
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import BFloat16, Float, Int8
 from torch import Tensor
 
 from llama32.adapt.packed import PackedLinear, has_fbgemm, on_x86
 from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear, Layer
 
 EXACT_ROWS = 64
-PIECE = 128  # rows that are rounded and scaled at a time, so that what is between stays in a cache
 
 
 class PackedInt8Linear(PackedLinear):
@@ -44,6 +43,7 @@ class RowInt8Linear(PackedInt8Linear):
     """
 
     bits: ClassVar[int] = 8  # of the activations
+    PIECE: ClassVar[int] = 128  # rows at a time, so that what is between stays in a cache
     # Which layers are made fine. A few inputs of the first are far larger than the rest, a product
     # of two activations each; and of the other comes every logit.
     FINE: ClassVar[tuple[str, ...]] = ("down_proj", "lm_head")
@@ -59,8 +59,8 @@ class RowInt8Linear(PackedInt8Linear):
 
     def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         y = x.new_empty(x.shape[:-1].numel(), self.shape[0])
-        pieces = x.reshape(-1, x.shape[-1]).split(PIECE)
-        for piece, rows in zip(pieces, y.split(PIECE), strict=True):
+        pieces = x.reshape(-1, x.shape[-1]).split(self.PIECE)
+        for piece, rows in zip(pieces, y.split(self.PIECE), strict=True):
             integers, step = self.round(piece)
             sums = self.product(integers)
             if self.fine:
@@ -166,8 +166,10 @@ class WeightOnlyInt8Linear(PackedInt8Linear):
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
+        if type(leaf) is not Int8Linear or leaf.weight.device.type != "cpu":
+            return False
         # What PyTorch reads at once; of a rest it would read beyond the weight's end.
-        return type(leaf) is Int8Linear and leaf.in_features % 32 == 0
+        return leaf.in_features % 32 == 0
 
     def __init__(self, leaf: Int8Linear) -> None:
         super().__init__(leaf)
@@ -195,11 +197,18 @@ class CPUInt4Linear(PackedLinear):
 
     def __init__(self, leaf: Int4Linear) -> None:
         super().__init__(leaf)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(leaf.integers.int(), 1)
+        self.packed = self.pack(leaf)
         self.scales = torch.stack([leaf.scale, leaf.zero], dim=-1).transpose(0, 1).contiguous()
 
-    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+    def pack(self, leaf: Int4Linear) -> Tensor:
+        """The integers, as `product` takes them."""
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(leaf.integers.int(), 1)
+
+    def product(self, rows: BFloat16[Tensor, "n in"]) -> BFloat16[Tensor, "n out"]:
+        """Of few rows or many."""
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows, self.packed, GROUP, self.scales).type_as(x)
+        return multiply(rows, self.packed, GROUP, self.scales)
+
+    def multiply(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        y = self.product(x.reshape(-1, x.shape[-1]).bfloat16()).type_as(x)
         return y.view(*x.shape[:-1], self.shape[0])

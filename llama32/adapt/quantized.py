@@ -1,6 +1,6 @@
 """Linear layers in fewer bits, in the plain form that says what they are.
 
-A weight is kept as small integers, with a scale for each row or for each group along a row. The
+A weight is kept as small numbers, with a scale for each row or for each group along a row. The
 forms here turn it back into floats, then multiply: readable, the same on every device, and slow.
 They are what is saved and loaded, and the oracle of the fast forms in `packed.py`.
 """
@@ -8,7 +8,7 @@ They are what is saved and loaded, and the oracle of the fast forms in `packed.p
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int, Int8, UInt8
+from jaxtyping import Float, Int, Int8, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ GROUP = 32  # weights of a row that share a scale in int4
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias, its weight not of floats; all its tensors are buffers."""
+    """A linear layer without bias, its weight in few bits; all its tensors are buffers."""
 
     weight: Tensor
 
@@ -26,7 +26,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def dequantized(self) -> Float[Tensor, "out in"]:
-        """What the integers stand for, in fp32."""
+        """What it stands for, in fp32."""
         raise NotImplementedError
 
     @property
@@ -102,6 +102,36 @@ class Int8Linear(QuantizedLinear):
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         return self.weight * self.scale.unsqueeze(-1)
+
+
+class Float8Linear(QuantizedLinear):
+    """A small float for each weight (e4m3: 4 bits of exponent, 3 of fraction), and a scale for each
+    row. For GPUs that multiply them; large weights are coarser than in int8, small ones finer.
+
+    (FP8 Formats for Deep Learning, Micikevicius et al. 2022)
+    """
+
+    weight: Shaped[Tensor, "out in"]
+    scale: Float[Tensor, " out"]
+
+    def __init__(self, weight: Shaped[Tensor, "out in"], scale: Float[Tensor, " out"]) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "out in"]) -> "Float8Linear":
+        wide = weight.detach().float()
+        dtype = torch.float8_e4m3fn
+        scale = wide.abs().amax(-1).clamp_min(1e-30) / torch.finfo(dtype).max
+        return cls((wide / scale.unsqueeze(-1)).to(dtype), scale)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        return self.weight.float() * self.scale.unsqueeze(-1)
 
 
 class Int4Linear(QuantizedLinear):

@@ -135,7 +135,7 @@ def test_many_rows_are_rounded_in_pieces_to_the_same_bits(fine, monkeypatch):
         pytest.skip("not on this machine")
     fast, x = OneDNNInt8Linear(layer, fine=fine), inputs(65)
     whole = fast(x)
-    monkeypatch.setattr(packed_int, "PIECE", 16)
+    monkeypatch.setattr(RowInt8Linear, "PIECE", 16)
     assert torch.equal(fast(x), whole)
 
 

@@ -6,13 +6,14 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from llama32 import Sampling, load_model, quantize
-from llama32.adapt.quantized import Int4Linear, Int8Linear
+from llama32.adapt.quantized import Float8Linear, Int4Linear, Int8Linear
 from llama32.adapt.tied import QuantizedEmbedding
 from llama32.generate import generate
 from llama32.model import Llama
 from tests.checkpoints import random_model, tiny_config
 
 TOKENS = torch.arange(120).view(2, 60)
+FORMS = [("int8", Int8Linear), ("int4", Int4Linear), ("fp8", Float8Linear)]
 
 
 def small(**changes) -> Llama:
@@ -20,7 +21,7 @@ def small(**changes) -> Llama:
     return random_model(tiny_config(**(sizes | changes)))
 
 
-@pytest.mark.parametrize(("scheme", "form"), [("int8", Int8Linear), ("int4", Int4Linear)])
+@pytest.mark.parametrize(("scheme", "form"), FORMS)
 def test_all_layers_are_quantized_and_the_head_in_eight_bits(scheme, form):
     model = small()
     assert quantize(model, scheme) is model
@@ -31,6 +32,8 @@ def test_all_layers_are_quantized_and_the_head_in_eight_bits(scheme, form):
 
 
 def test_rows_that_groups_of_int4_do_not_fill_get_int8():
+    model = quantize(small(intermediate_size=112), "fp8")
+    assert type(model.get_submodule("layers.0.mlp.down_proj")) is Float8Linear
     model = quantize(small(intermediate_size=112), "int4")
     kinds = {name: type(part) for name, part in model.named_modules()}
     assert kinds["layers.0.mlp.up_proj"] is Int4Linear
@@ -69,7 +72,7 @@ def test_a_quantized_model_is_quantized_no_further():
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(ValueError, match="no scheme 'int3', only int8, int4"):
+    with pytest.raises(ValueError, match="no scheme 'int3', only int8, int4, fp8"):
         quantize(small(), "int3")
 
 

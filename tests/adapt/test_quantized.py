@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llama32.adapt.quantized import GROUP, Int4Linear, Int8Linear
+from llama32.adapt.quantized import GROUP, Float8Linear, Int4Linear, Int8Linear
 
 
 def weight_of(rows: int = 24, columns: int = 64, seed: int = 0) -> torch.Tensor:
@@ -20,6 +20,16 @@ def test_int8_is_within_half_a_step_of_every_weight():
     assert ((layer.dequantized() - weight).abs() <= step / 2 * 1.0001).all()
     assert layer.weight.dtype == torch.int8
     assert layer.weight.abs().amax(-1).eq(127).all()  # no row leaves a part of the range unused
+
+
+def test_fp8_keeps_four_significant_bits_of_every_weight():
+    weight = weight_of()
+    layer = Float8Linear.of(weight)
+    # The smallest steps are for what is below 2^-6, of 448 that stand for the largest of a row.
+    step = weight.abs().amax(-1, keepdim=True) / 448 * 2**-9
+    error = (layer.dequantized() - weight).abs()
+    assert (error <= (weight.abs() / 16).maximum(step / 2) * 1.0001).all()
+    assert layer.weight.float().abs().amax(-1).eq(448).all()
 
 
 def test_int4_is_within_a_step_of_every_weight():
@@ -49,14 +59,14 @@ def test_two_integers_of_four_bits_lie_in_a_byte_the_earlier_one_low():
     assert layer.dequantized().tolist() == [[-5.0, 2.0] * 16]
 
 
-@pytest.mark.parametrize("form", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("form", [Int8Linear, Int4Linear, Float8Linear])
 def test_rows_of_zeros_stay_zeros(form):
     weight = weight_of()
     weight[3] = 0
     assert form.of(weight).dequantized()[3].eq(0).all()
 
 
-@pytest.mark.parametrize("form", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("form", [Int8Linear, Int4Linear, Float8Linear])
 def test_the_plain_form_multiplies_by_what_its_integers_stand_for(form):
     layer = form.of(weight_of())
     x = torch.randn(2, 3, 64)
@@ -66,7 +76,7 @@ def test_the_plain_form_multiplies_by_what_its_integers_stand_for(form):
     assert not [*layer.parameters()]
 
 
-@pytest.mark.parametrize("form", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("form", [Int8Linear, Int4Linear, Float8Linear])
 def test_some_rows_are_those_of_the_whole(form):
     layer = form.of(weight_of())
     assert torch.equal(layer.rows(slice(4, 9)).dequantized(), layer.dequantized()[4:9])
@@ -74,7 +84,7 @@ def test_some_rows_are_those_of_the_whole(form):
     assert torch.equal(layer.rows(chosen).dequantized(), layer.dequantized()[chosen])
 
 
-@pytest.mark.parametrize("form", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("form", [Int8Linear, Int4Linear, Float8Linear])
 def test_a_cast_leaves_the_scales_alone(form):
     layer = form.of(weight_of())
     before = layer.dequantized()

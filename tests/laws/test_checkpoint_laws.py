@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama32
-from llama32.adapt.quantize import quantize
+from llama32.adapt.quantize import SCHEMES, quantize
 from llama32.checkpoint import inspect, load_model
 from llama32.model import Llama
 from llama32.saving import save
@@ -137,7 +137,7 @@ def test_loading_holds_no_more_than_the_weights_and_the_largest_tensor(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantized_model_is_loaded_as_it_was_saved(scheme, tied, dtype, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
