@@ -186,7 +186,8 @@ def info(
 def bench(
     model: Annotated[str, Argument(help="A folder, a Hub id, or tiny.")] = "tiny",
     forms: Annotated[
-        list[Form] | None, Option("--form", help="optimized (if none is given), plain, int8, int4.")
+        list[Form] | None,
+        Option("--form", help="optimized (if none is given), plain, compiled, int8, int4."),
     ] = None,
     peers: Annotated[
         list[PeerName] | None,

@@ -56,6 +56,10 @@ class LLM:
                 self._engines[place] = Engine.of(self.model, self.engine_settings)
             return self._engines[place]
 
+    def warm_up(self, on_progress: Callable[[int, int], object] = lambda done, of: None) -> None:
+        """Compile now what `engine_settings` want compiled, and not with the first requests."""
+        self.engine.warm_up(on_progress)
+
     @overload
     def generate(
         self, prompt: Prompt, sampling: Sampling | None = None, **changes: Any

@@ -16,11 +16,12 @@ import torch
 from typer import Option
 
 from llama32 import hub
+from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM
 from llama32.loading import load
 from llama32.settings import Sampling
 from llama32.stream import Result, Stream
-from llama32.terminal import BYTES, bar, listen, note, speed, write
+from llama32.terminal import BYTES, SHAPES, bar, listen, note, speed, write
 
 Command = Callable[..., None]
 
@@ -91,6 +92,10 @@ class Source:
         bool, about_model("--optimize", help="Take the fastest form of each layer, found by trial.")
     ] = False
 
+    compile: Annotated[
+        bool, about_model("--compile", help="Run through torch.compile, once it has compiled.")
+    ] = False
+
     def load(self, chat_style: str | None = None, *, bars: bool) -> LLM:
         """Load it, with a progress bar; a download brings its own."""
         try:
@@ -100,7 +105,7 @@ class Source:
             raise ValueError(f"--device {self.device}: {reason}") from None
         folder = hub.resolve(self.model)
         with bar("loading", BYTES, bars) as on_progress:
-            return load(
+            llm = load(
                 folder,
                 device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
@@ -109,7 +114,12 @@ class Source:
                 optimize=self.optimize,
                 chat_style=chat_style,
                 on_progress=on_progress,
+                engine=EngineSettings(compiled=self.compile),
             )
+        if self.compile:
+            with bar("compiling", SHAPES, bars) as on_progress:
+                llm.warm_up(on_progress)
+        return llm
 
 
 def sampling_changes(

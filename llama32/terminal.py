@@ -26,6 +26,7 @@ from rich.progress import (
 from llama32.stream import Result, Stream
 
 BYTES = DownloadColumn(), TransferSpeedColumn()
+SHAPES = MofNCompleteColumn(), TextColumn("shapes")
 TOKENS = MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
 
 out = Console(highlight=False, markup=False)

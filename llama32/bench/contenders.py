@@ -62,20 +62,32 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 class Ours:
-    """llama32: "plain", "optimized" (16 bits, or as it is stored), "int8" or "int4"."""
+    """llama32 as it is stored, "plain", "compiled" or "optimized"; or optimized in "int8" or
+    "int4"."""
 
     def __init__(self, folder: Path, form: str) -> None:
-        scheme = None if form in ("plain", "optimized") else form
-        self.model = load_model(folder, quantize=scheme, optimize=form != "plain")
+        as_stored = form in ("plain", "compiled", "optimized")
+        self.is_compiled = form == "compiled"
+        self.model = load_model(
+            folder,
+            quantize=None if as_stored else form,
+            optimize=form not in ("plain", "compiled"),
+        )
         self.nbytes = weight_bytes(self.model)
 
     def first_token(self) -> None:
-        with torch.inference_mode():
-            self.model(torch.ones(1, 1, dtype=torch.long))
+        if self.is_compiled:  # what a first request would wait for
+            self.prefill([1])
+        else:
+            with torch.inference_mode():
+                self.model(torch.ones(1, 1, dtype=torch.long))
 
     def engine(self, tokens: int) -> Engine:
         """With an empty cache of that size."""
-        return Engine.of(self.model, EngineSettings(cache_tokens=tokens))
+        settings = EngineSettings(cache_tokens=tokens, compiled=self.is_compiled, max_running=8)
+        engine = Engine.of(self.model, settings)
+        engine.warm_up()
+        return engine
 
     def add(self, engine: Engine, prompt: Sequence[int], tokens: int) -> Request:
         """A request that goes on, whatever comes."""

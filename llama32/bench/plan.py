@@ -60,6 +60,7 @@ class Form(StrEnum):
 
     optimized = "optimized"
     plain = "plain"
+    compiled = "compiled"
     int8 = "int8"
     int4 = "int4"
 

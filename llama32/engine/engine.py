@@ -18,8 +18,9 @@ from threading import RLock
 from typing import Protocol, runtime_checkable
 
 from llama32.config import LlamaConfig
+from llama32.engine.drawing import Drawn
 from llama32.engine.request import Request
-from llama32.engine.runner import Drawn, Runner
+from llama32.engine.runner import Runner
 from llama32.engine.scheduler import Scheduler, Step
 from llama32.engine.settings import EngineSettings
 from llama32.engine.speculation import Speculator, in_turns
@@ -40,6 +41,7 @@ class Runs(Protocol):
     @property
     def config(self) -> LlamaConfig: ...
     def run(self, step: Step) -> list[Drawn]: ...
+    def warm_up(self, on_progress: Callable[[int, int], object]) -> None: ...
     def fingerprint(self) -> Hashable: ...
     def forget(self) -> None: ...
 
@@ -112,6 +114,11 @@ class Engine:
                 self._notice_changes()
             self.scheduler.add(request)
         return request
+
+    def warm_up(self, on_progress: Callable[[int, int], object] = lambda done, of: None) -> None:
+        """Compile now what is to be compiled, and not with the first requests."""
+        with self._lock:
+            self._open().warm_up(on_progress)
 
     @property
     def is_busy(self) -> bool:

@@ -56,9 +56,9 @@ class Rows:
         yield group, self.canonical
 
 
-def free() -> Rows:
-    """As many rows as there are tokens."""
-    return Rows(lambda n: [n], canonical=1)
+def free(least: int = 1) -> Rows:
+    """As many rows as there are tokens, or at least so many."""
+    return Rows(lambda n: [max(n, least)], canonical=least)
 
 
 def fixed(sizes: Sequence[int]) -> Rows:
@@ -79,11 +79,11 @@ def proven(probe: "Probe") -> Rows:
 
 
 def rows_of(
-    model: Llama, deterministic: bool | None, sizes: Sequence[int] | None
+    model: Llama, deterministic: bool | None, sizes: Sequence[int]
 ) -> tuple[Rows, Rows, bool]:
     """For the prompts of a step, for its decoding, and whether they make it deterministic.
 
-    `sizes` are those that decoding is limited to, if it is. ValueError where determinism is asked
+    `sizes` are those that decoding is limited to, if any. ValueError where determinism is asked
     for and cannot be had.
     """
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -99,7 +99,8 @@ def rows_of(
         # Free means: a lone request needs no padding.
         deterministic = is_possible and (deterministic or decode.agrees(1))
     if not deterministic:
-        return free(), fixed(sizes) if sizes else free(), False
+        # A single row would be another shape to a compiler, though any others are one.
+        return free(least=2 if sizes else 1), fixed(sizes) if sizes else free(), False
     return proven(prompts), fixed(sizes[-1:]) if sizes else proven(decode), True
 
 

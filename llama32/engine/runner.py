@@ -6,41 +6,35 @@ a draft of one. Which rows share a call, and which graph runs it, is no concern 
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import replace
-from itertools import accumulate, chain, islice
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from llama32.adapt.packed import PackedLinear
+from llama32.attention import Attend
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
 from llama32.config import LlamaConfig
 from llama32.engine import memory
+from llama32.engine.drawing import Drawn, draw
 from llama32.engine.request import Request
 from llama32.engine.rows import rows_of
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
-from llama32.engine.speculation import verified
 from llama32.flash import fixed_shape, flash
 from llama32.int8_cache import Int8Cache
 from llama32.model import Llama
 from llama32.paged import QUERY_BLOCK
-from llama32.sampling import TokenLogprobs, choose
 
 # Those of a batch that a kernel reads, to be copied into a graph's buffers.
 TENSORS = "tokens", "positions", "slots", "last", "query_starts", "lengths", "page_table"
-
-
-class Drawn(NamedTuple):
-    """A request's next token, or why there is none. With drafts it may get several in a step."""
-
-    request: Request
-    id: int
-    logprobs: TokenLogprobs | None
-    error: FloatingPointError | None = None
 
 
 class Runner:
@@ -66,11 +60,14 @@ class Runner:
         self._graphs: dict[tuple[int, int], Graph] | None = {} if has_graphs else None
         self._is_static = has_graphs or settings.compiled
         self._model: Callable[..., Tensor] = model
+        self._prompt_model: Llama | None = None  # if it is compiled
         if settings.compiled:
+            refuse_opaque(model)
             self._model = torch.compile(model, fullgraph=True)
-        sizes = graph_rows(settings.max_rows) if self._is_static else None
+            self._prompt_model = with_compiled_layers(model)
+        self._sizes = graph_rows(settings.max_rows) if self._is_static else []
         self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
-            model, deterministic, sizes
+            model, deterministic, self._sizes
         )
 
     @property
@@ -102,10 +99,27 @@ class Runner:
                 wanted.extend(range(end - 1 - len(request.drafts), end))
         return draw(logits if len(wanted) == len(logits) else logits[wanted], asking)
 
+    @torch.inference_mode()
+    def warm_up(self, on_progress: Callable[[int, int], object]) -> None:
+        """Run every shape once, so that no request has to wait for the compiler."""
+        blank = Span([0], 0, [self._spare])
+        calls: list[Callable[[], object]] = [
+            partial(self._decode, [blank] * rows, rows) for rows in self._sizes
+        ]
+        if self._prompt_model is not None:
+            prompt = Span([0] * self.page_size, 0, [self._spare])
+            calls.append(partial(self._read_prompts, [prompt], self.page_size))
+        for done, call in enumerate(calls):
+            on_progress(done, len(calls))
+            call()
+        on_progress(len(calls), len(calls))
+
     def forget(self) -> None:
-        """The model has changed: graphs hold the tensors that it had."""
+        """The model has changed: graphs hold the tensors that it had, compiled layers its parts."""
         if self._graphs is not None:
             self._graphs.clear()
+        if self._prompt_model is not None:
+            self._prompt_model = with_compiled_layers(self.model)
 
     def fingerprint(self) -> Hashable:
         """Differs when weights were changed in place, or parts or hooks put in or taken out.
@@ -128,7 +142,11 @@ class Runner:
         # the company.
         batch = replace(batch, max_query=max(batch.max_query, QUERY_BLOCK))
         attends = self.cache.attends(batch)
-        self.model(batch.tokens, batch.positions, attends, rows=slice(0))  # no logits
+        if self._prompt_model is None:
+            self.model(batch.tokens, batch.positions, attends, rows=slice(0))  # no logits
+            return
+        left_alone = [Uncompiled(attend) for attend in attends]
+        self._prompt_model(batch.tokens, batch.positions, left_alone, rows=slice(0))
 
     def _decode(self, spans: Sequence[Span], rows: int) -> Float[Tensor, "B V"]:
         """Logits after spans of one token each."""
@@ -163,6 +181,26 @@ class Runner:
         return replace(batch, page_table=table, max_length=wide * self.page_size)
 
 
+def with_compiled_layers(model: Llama) -> Llama:
+    """The same model, but that each layer is compiled, for any count of rows and up to its
+    attention: that goes from one sequence to the next, all of different lengths."""
+    shallow = copy(model)
+    compiled: list[Any] = [torch.compile(layer, dynamic=True) for layer in model.layers]
+    shallow._modules = {**model._modules, "layers": nn.ModuleList(compiled)}
+    return shallow
+
+
+class Uncompiled:
+    """An attention that the compiler leaves alone."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v)
+
+
 class Graph:
     """One decode shape as a CUDA graph: contents go into its buffers, then it is replayed."""
 
@@ -185,6 +223,16 @@ class Graph:
             getattr(self._buffers, name).copy_(getattr(batch, name), non_blocking=True)
         self._graph.replay()
         return self._logits.clone()  # the next replay writes into the same
+
+
+def refuse_opaque(model: Llama) -> None:
+    """Layers that a compiler cannot see into."""
+    on_cpu = model.norm.weight.device.type == "cpu"
+    if on_cpu and any(isinstance(part, PackedLinear) for part in model.modules()):
+        raise ValueError(
+            "compiled: not with `optimize` on a CPU, whose products no compiler can see into; one "
+            "of the two is enough"
+        )
 
 
 def decoding(
@@ -223,33 +271,3 @@ def to_span(work: Work) -> Span:
     """What is to be computed of a request, as the model's side knows it."""
     request, start, stop = work
     return Span(request.ids(start, stop), start, request.pages)
-
-
-def draw(logits: Float[Tensor, "N V"], requests: Sequence[Request]) -> list[Drawn]:
-    """Each request's next tokens. Its rows are those of its last known token and of its drafts."""
-    rows = [(request, n) for request in requests for n in range(len(request.drafts) + 1)]
-    drawn = iter(draw_rows(logits, rows))
-    each = ((request.drafts, islice(drawn, len(request.drafts) + 1)) for request in requests)
-    return [one for drafts, its in each for one in verified(drafts, list(its))]
-
-
-def draw_rows(logits: Float[Tensor, "N V"], rows: Sequence[tuple[Request, int]]) -> list[Drawn]:
-    """The token after each row, that of a request with so many of its drafts taken for right.
-    A row that is not finite is an error of its request alone."""
-    if not rows:
-        return []
-    try:
-        chosen = choose(
-            logits,
-            [request.sampling for request, _ in rows],
-            [request.prompt for request, _ in rows],
-            [request.output_with(n) for request, n in rows],
-            [request.seed for request, _ in rows],
-        )
-    except FloatingPointError as error:
-        if len(rows) == 1:
-            return [Drawn(rows[0][0], -1, None, error)]
-        alone = (draw_rows(logits[i : i + 1], [row]) for i, row in enumerate(rows))
-        return list(chain.from_iterable(alone))
-    found = zip(rows, chosen.ids.tolist(), chosen.logprobs, strict=True)
-    return [Drawn(request, id, logprobs) for (request, _), id, logprobs in found]

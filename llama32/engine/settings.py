@@ -66,7 +66,7 @@ class EngineSettings:
     memory_fraction: float = 0.9
     page_size: int | None = None  # slots; None: 64, and 128 on a GPU
     deterministic: bool | None = None
-    compiled: bool = False  # decoding through torch.compile; not deterministic
+    compiled: bool = False  # through torch.compile (`Engine.warm_up`); not deterministic
     cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU
     speculation: Speculation | None = None
 

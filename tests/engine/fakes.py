@@ -6,9 +6,9 @@ from random import Random
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
+from llama32.engine.drawing import Drawn
 from llama32.engine.engine import Engine
 from llama32.engine.request import Request
-from llama32.engine.runner import Drawn
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
 from llama32.engine.speculation import verified
@@ -57,6 +57,9 @@ class FakeRunner:
             self._check(work)
         asking = [request for request, _, stop in step.decode if stop >= request.length]
         return [one for request in asking for one in verified(request.drafts, self._draw(request))]
+
+    def warm_up(self, on_progress: Callable[[int, int], object]) -> None:
+        on_progress(0, 0)
 
     def fingerprint(self) -> Hashable:
         return self.weights

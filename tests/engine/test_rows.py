@@ -343,19 +343,19 @@ def test_rows_of_a_count_that_agrees_leave_the_whole_model_with_the_canonical_bi
 def test_determinism_is_refused_where_the_place_of_a_row_matters():
     match = "deterministic: on cpu in torch.float32 the bits of a row depend on its place"
     with pytest.raises(ValueError, match=match):
-        rows_of(make_model(MindsPlace), True, None)
+        rows_of(make_model(MindsPlace), True, [])
 
 
 @pytest.mark.parametrize("middle", [MindsPlace, CountsRows])
 def test_where_determinism_is_not_free_nobody_gets_it_unasked(middle):
-    prompts, decode, deterministic = rows_of(make_model(middle), None, None)
+    prompts, decode, deterministic = rows_of(make_model(middle), None, [])
     assert deterministic is False
     assert cut(prompts, [make_span(0, 100)]) == [([100], 100)]
     assert cut(decode, singles(5)) == [([1] * 5, 5)]
 
 
 def test_determinism_that_is_asked_for_pads_and_splits():
-    prompts, decode, deterministic = rows_of(make_model(CountsRows), True, None)
+    prompts, decode, deterministic = rows_of(make_model(CountsRows), True, [])
     assert deterministic is True
     assert cut(prompts, [make_span(0, 100)]) == [([64], 64), ([36], 64)]
     assert cut(decode, singles(5)) == [([1] * 5, 8)]
@@ -363,8 +363,8 @@ def test_determinism_that_is_asked_for_pads_and_splits():
 
 
 def test_logits_are_wanted_of_decoding_only():
-    prompts, decode, _ = rows_of(with_counting_head(), True, None)
-    as_before, _, _ = rows_of(make_model(), True, None)
+    prompts, decode, _ = rows_of(with_counting_head(), True, [])
+    as_before, _, _ = rows_of(make_model(), True, [])
     assert [rows for rows in range(1, 40) if decode.agrees(rows)] == [8]
     for rows in range(1, 140):
         assert prompts.agrees(rows) == as_before.agrees(rows)
@@ -372,7 +372,7 @@ def test_logits_are_wanted_of_decoding_only():
 
 def test_determinism_that_is_free_is_taken(monkeypatch):
     monkeypatch.setattr(Probe, "_try", lambda probe, rows: True)
-    prompts, decode, deterministic = rows_of(make_model(), None, None)
+    prompts, decode, deterministic = rows_of(make_model(), None, [])
     assert deterministic is True
     assert cut(prompts, [make_span(0, 100)]) == [([100], 104)]
     assert cut(decode, singles(5)) == [([1] * 5, 5)]
@@ -380,14 +380,14 @@ def test_determinism_that_is_free_is_taken(monkeypatch):
 
 def test_determinism_is_not_free_where_one_row_alone_needs_padding(monkeypatch):
     monkeypatch.setattr(Probe, "_try", lambda probe, rows: rows > 1)
-    assert rows_of(make_model(), None, None)[2] is False
-    assert rows_of(make_model(), True, None)[2] is True
+    assert rows_of(make_model(), None, [])[2] is False
+    assert rows_of(make_model(), True, [])[2] is True
 
 
 def test_who_wants_no_determinism_pays_for_no_trial():
     model = make_model()
     called = watch_layers(model)
-    prompts, decode, deterministic = rows_of(model, False, None)
+    prompts, decode, deterministic = rows_of(model, False, [])
     assert deterministic is False
     assert cut(prompts, [make_span(0, 100)]) == [([100], 100)]
     assert cut(decode, singles(5)) == [([1] * 5, 5)]

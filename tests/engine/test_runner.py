@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llama32.adapt.packed import TiledLinear
 from llama32.batch import Batch, Span
 from llama32.engine import runner as runners
+from llama32.engine.drawing import Drawn
 from llama32.engine.engine import Engine
 from llama32.engine.lookup import PromptLookup
 from llama32.engine.request import Request
 from llama32.engine.rows import Rows, fixed
-from llama32.engine.runner import Drawn, Runner, decoding, draw, graph_rows, to_span
+from llama32.engine.runner import Runner, decoding, graph_rows, to_span
 from llama32.engine.scheduler import Step, Work
 from llama32.engine.settings import EngineSettings
 from llama32.model import Llama
@@ -237,37 +239,6 @@ def test_a_replay_may_end_in_drafts(model, form):
         check(keep([one]), model)
 
 
-def test_each_row_is_drawn_as_the_output_would_be_there():
-    """At its own step, and with the drafts before it among what penalties count."""
-    logits = torch.zeros(4, VOCABULARY)
-    sampling = Sampling(
-        seed=3, presence_penalty=100, logit_bias={i: -100 for i in range(8, VOCABULARY)}
-    )
-    request = Request(prompt=[1], longest=50, sampling=sampling, seed=3)
-    expected = []
-    for i in range(4):
-        (one,) = draw(logits[i : i + 1], [request])
-        expected.append(one.id)
-        request.output.append(one.id)
-    assert len(set(expected)) == 4
-    request.output.clear()
-    request.drafts = expected[:3]
-    assert [one.id for one in draw(logits, [request])] == expected
-
-
-def test_a_row_that_is_not_finite_is_no_error_behind_a_wrong_draft():
-    request, other = make_request(3, [1]), make_request(3, [2], seed=1)
-    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    first, second = logits[:2].argmax(-1).tolist()
-    logits[2, 0] = math.nan
-    request.drafts = [first, (second + 1) % VOCABULARY, 5]
-    drawn = draw(logits, [request, other])
-    assert [(one.request, one.error) for one in drawn] == [(request, None)] * 2 + [(other, None)]
-    request.drafts = [first, second, 5]
-    errors = [one.error is not None for one in draw(logits, [request, other])]
-    assert errors == [False, False, True, False]
-
-
 @pytest.mark.parametrize(
     ("form", "num_spare"), [("plain", 0), ("padded", 1), ("split", 1), ("static", 1)]
 )
@@ -357,22 +328,6 @@ def test_a_poisoned_request_ends_and_the_others_never_know(model):
     assert [request.finish_reason for request in requests[1:]] == ["length"] * 4
     assert outputs[0][1:] == outputs[1][1:]
     assert engine.stats.pages_held == 0
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_each_row_that_is_not_finite_is_told_apart(bad):
-    requests = [make_request(3, [i], i) for i in range(5)]
-    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    sound = draw(logits, requests)
-    logits[1, 7] = logits[4, 0] = bad
-    drawn = draw(logits, requests)
-    assert [one.request for one in drawn] == requests
-    assert [one.error is not None for one in drawn] == [False, True, False, False, True]
-    assert [drawn[i] for i in (0, 2, 3)] == [sound[i] for i in (0, 2, 3)]
-
-
-def test_of_nobody_nothing_is_drawn():
-    assert draw(torch.randn(0, VOCABULARY), []) == []
 
 
 def multiply(model: Llama) -> None:
@@ -639,20 +594,21 @@ def compile_and_drive() -> None:
     model = random_model(tiny_config(**sizes, **heads))
     settings = {"max_running": 12, "cache_tokens": C * 16, "deterministic": False}
     compiled = Engine.of(model, EngineSettings(compiled=True, **settings))
-    graphs = []
-    for count in graph_rows(12):
-        for _ in range(count):
-            compiled.add([1], Sampling(temperature=0, max_new_tokens=2))
-        while compiled.is_busy:
-            compiled.step()
+    graphs, reports = [], []
+
+    def on_progress(done: int, of: int) -> None:
+        reports.append((done, of))
         graphs.append(counters["stats"]["unique_graphs"])
+
+    compiled.warm_up(on_progress)
     with torch.compiler.set_stance("fail_on_recompile"):
         requests = drive(compiled, 200, seed=0)
     graphs.append(counters["stats"]["unique_graphs"])
     eager = drive(Engine.of(model, EngineSettings(**settings)), 200, seed=0)
     same = [one.output == two.output for one, two in zip(requests, eager, strict=True)]
     preemptions = compiled.stats.preemptions
-    print(json.dumps({"graphs": graphs, "same": same, "preemptions": preemptions}))
+    said = {"graphs": graphs, "reports": reports, "same": same, "preemptions": preemptions}
+    print(json.dumps(said))
 
 
 needs_compiler = pytest.mark.skipif(
@@ -661,19 +617,36 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_compiled_decoding_says_the_same_and_compiles_at_most_once_for_each_count_of_rows():
+def test_a_compiled_engine_says_the_same_and_compiles_nothing_after_it_was_warmed_up():
     code = "from tests.engine.test_runner import compile_and_drive; compile_and_drive()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    first, *_, warm, at_last = said["graphs"]
-    assert first == 1
-    assert at_last == warm <= 3
+    none, *decoding, with_prompts, at_last = said["graphs"]
+    assert none == 0
+    assert decoding[-1] <= len(decoding) == 3  # one for each count of rows
+    assert decoding[-1] < with_prompts == at_last
+    assert said["reports"] == [[done, 4] for done in range(5)]
     assert said["preemptions"] > 0
     assert len(said["same"]) > 20
     assert all(said["same"])
+
+
+def test_what_no_compiler_can_see_into_is_refused():
+    model = random_model(tiny_config(hidden_size=64), dtype=torch.bfloat16)
+    plain = model.get_submodule("layers.0.mlp.up_proj")
+    assert isinstance(plain, nn.Linear)
+    model.set_submodule("layers.0.mlp.up_proj", TiledLinear(plain))
+    with pytest.raises(ValueError, match="compiled: not with `optimize` on a CPU"):
+        Runner(model, EngineSettings(compiled=True))
+
+
+def test_what_is_not_compiled_needs_no_warming_up(model):
+    reports = []
+    Engine.of(model, EngineSettings(cache_tokens=C)).warm_up(lambda *told: reports.append(told))
+    assert reports == [(0, 0)]
 
 
 @pytest.mark.parametrize("asked", [{"compiled": True}, {"cuda_graphs": True}])
