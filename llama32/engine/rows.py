@@ -56,9 +56,9 @@ class Rows:
         yield group, self.canonical
 
 
-def free(least: int = 1) -> Rows:
-    """As many rows as there are tokens, or at least so many."""
-    return Rows(lambda n: [max(n, least)], canonical=least)
+def free() -> Rows:
+    """As many rows as there are tokens."""
+    return Rows(lambda n: [n], canonical=1)
 
 
 def fixed(sizes: Sequence[int]) -> Rows:
@@ -99,8 +99,7 @@ def rows_of(
         # Free means: a lone request needs no padding.
         deterministic = is_possible and (deterministic or decode.agrees(1))
     if not deterministic:
-        # A single row would be another shape to a compiler, though any others are one.
-        return free(least=2 if sizes else 1), fixed(sizes) if sizes else free(), False
+        return free(), fixed(sizes) if sizes else free(), False
     return proven(prompts), fixed(sizes[-1:]) if sizes else proven(decode), True
 
 

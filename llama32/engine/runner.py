@@ -8,7 +8,6 @@ a draft of one. Which rows share a call, and which graph runs it, is no concern 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -58,14 +57,10 @@ class Runner:
         on_gpu, has_flash = self._device.type == "cuda", self.cache.attend is flash
         has_graphs, deterministic = decoding(settings, on_gpu=on_gpu, has_flash=has_flash)
         self._graphs: dict[tuple[int, int], Graph] | None = {} if has_graphs else None
-        self._is_static = has_graphs or settings.compiled
-        self._model: Callable[..., Tensor] = model
-        self._prompt_model: Llama | None = None  # if it is compiled
-        if settings.compiled:
-            refuse_opaque(model)
-            self._model = torch.compile(model, fullgraph=True)
-            self._prompt_model = with_compiled_layers(model)
-        self._sizes = graph_rows(settings.max_rows) if self._is_static else []
+        self._is_static = has_graphs
+        self._is_compiled = settings.compiled
+        self._model = with_compiled_layers(model) if settings.compiled else model
+        self._sizes = graph_rows(settings.max_rows) if has_graphs else []
         self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
             model, deterministic, self._sizes
         )
@@ -101,25 +96,21 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[int, int], object]) -> None:
-        """Run every shape once, so that no request has to wait for the compiler."""
+        """Run every shape once, so that no request has to wait for the compiler. To that, a single
+        row is a shape, and any other count is another."""
         blank = Span([0], 0, [self._spare])
-        calls: list[Callable[[], object]] = [
-            partial(self._decode, [blank] * rows, rows) for rows in self._sizes
-        ]
-        if self._prompt_model is not None:
-            prompt = Span([0] * self.page_size, 0, [self._spare])
-            calls.append(partial(self._read_prompts, [prompt], self.page_size))
-        for done, call in enumerate(calls):
-            on_progress(done, len(calls))
-            call()
-        on_progress(len(calls), len(calls))
+        sizes = self._sizes or ([1, 2] if self._is_compiled else [])
+        for done, rows in enumerate(sizes):
+            on_progress(done, len(sizes))
+            self._decode([blank] * rows, rows)
+        on_progress(len(sizes), len(sizes))
 
     def forget(self) -> None:
         """The model has changed: graphs hold the tensors that it had, compiled layers its parts."""
         if self._graphs is not None:
             self._graphs.clear()
-        if self._prompt_model is not None:
-            self._prompt_model = with_compiled_layers(self.model)
+        if self._is_compiled:
+            self._model = with_compiled_layers(self.model)
 
     def fingerprint(self) -> Hashable:
         """Differs when weights were changed in place, or parts or hooks put in or taken out.
@@ -141,22 +132,15 @@ class Runner:
         # With one query flash attention takes another way, and whether it does must not depend on
         # the company.
         batch = replace(batch, max_query=max(batch.max_query, QUERY_BLOCK))
-        attends = self.cache.attends(batch)
-        if self._prompt_model is None:
-            self.model(batch.tokens, batch.positions, attends, rows=slice(0))  # no logits
-            return
-        left_alone = [Uncompiled(attend) for attend in attends]
-        self._prompt_model(batch.tokens, batch.positions, left_alone, rows=slice(0))
+        self._call(batch, self.cache.attends(batch), rows=slice(0))  # no logits
 
     def _decode(self, spans: Sequence[Span], rows: int) -> Float[Tensor, "B V"]:
         """Logits after spans of one token each."""
         if not self._is_static:
             batch = Batch.pack(spans, self.page_size, self._device, rows=rows, spare=self._spare)
-            logits = self._model(batch.tokens, batch.positions, self.cache.attends(batch))
-            return logits[: len(spans)]
+            return self._call(batch, self.cache.attends(batch))[: len(spans)]
         batch = self._padded(spans, rows)
         if self._graphs is None:
-            torch._dynamo.mark_dynamic(batch.page_table, 1)
             return self._forward(batch)[: len(spans)]
         shape = rows, batch.page_table.shape[1]
         if shape not in self._graphs:
@@ -168,7 +152,12 @@ class Runner:
         batch = replace(batch)  # without what was derived of it before: a graph must do that anew
         attend = fixed_shape(self.cache.attend)
         attends = [replace(layer, attend=attend) for layer in self.cache.attends(batch)]
-        return self._model(batch.tokens, batch.positions, attends)
+        return self._call(batch, attends)
+
+    def _call(self, batch: Batch, attends: Sequence[Attend], **given: Any) -> Float[Tensor, "N V"]:
+        """The model itself."""
+        used = [Uncompiled(attend) for attend in attends] if self._is_compiled else attends
+        return self._model(batch.tokens, batch.positions, used, **given)
 
     def _padded(self, spans: Sequence[Span], rows: int) -> Batch:
         """Padded with sequences of one token, and tables to a power of two."""
@@ -182,8 +171,18 @@ class Runner:
 
 
 def with_compiled_layers(model: Llama) -> Llama:
-    """The same model, but that each layer is compiled, for any count of rows and up to its
-    attention: that goes from one sequence to the next, all of different lengths."""
+    """The same model, but that each layer is compiled, all by the same code, for any count of rows.
+    Their attentions are left out: they go from one sequence to the next, each of another length.
+
+    The whole model as one graph takes three times as long to compile, for each count of rows, and
+    decodes 8 requests 40% slower on a CPU: then each has to read as many pages as the longest.
+    """
+    on_cpu = model.norm.weight.device.type == "cpu"
+    if on_cpu and any(isinstance(part, PackedLinear) for part in model.modules()):
+        raise ValueError(
+            "compiled: not with `optimize` on a CPU, whose products no compiler can see into; one "
+            "of the two is enough"
+        )
     shallow = copy(model)
     compiled: list[Any] = [torch.compile(layer, dynamic=True) for layer in model.layers]
     shallow._modules = {**model._modules, "layers": nn.ModuleList(compiled)}
@@ -225,16 +224,6 @@ class Graph:
         return self._logits.clone()  # the next replay writes into the same
 
 
-def refuse_opaque(model: Llama) -> None:
-    """Layers that a compiler cannot see into."""
-    on_cpu = model.norm.weight.device.type == "cpu"
-    if on_cpu and any(isinstance(part, PackedLinear) for part in model.modules()):
-        raise ValueError(
-            "compiled: not with `optimize` on a CPU, whose products no compiler can see into; one "
-            "of the two is enough"
-        )
-
-
 def decoding(
     settings: EngineSettings, *, on_gpu: bool, has_flash: bool
 ) -> tuple[bool, bool | None]:
@@ -245,8 +234,8 @@ def decoding(
     """
     has_graphs = settings.cuda_graphs
     if settings.cache_dtype is not None:  # it reads as many pages as there are
-        if settings.compiled or has_graphs:
-            raise ValueError("cache_dtype: not together with `compiled`, nor with `cuda_graphs`")
+        if has_graphs:
+            raise ValueError("cache_dtype: not together with `cuda_graphs`")
         has_graphs = False
     if has_graphs is None:
         has_graphs = on_gpu and (has_flash or not settings.deterministic)

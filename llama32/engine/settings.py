@@ -53,7 +53,7 @@ class EngineSettings:
     is free, which is tried out on the model at hand: `Engine.deterministic` tells.
 
     `cache_dtype` "int8" halves the memory of bf16 keys and values, and rounds them; see
-    `int8_cache.py`. It is not for compiled decoding, nor for CUDA graphs.
+    `int8_cache.py`. It is not for CUDA graphs.
 
     `speculation` may give a request several tokens in a step, and changes none (`speculation.py`).
     """
