@@ -2,18 +2,23 @@
 
 Every token has a scale for each of its heads, so how it is rounded depends on no other token, and
 a page can be shared and read as ever. It is read by turning the pages of a step back into floats,
-layer by layer: memory is what this saves, and not time.
+layer by layer, or in decoding on a CPU a few pages after the other: memory is what this saves, and
+not time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from llama32.batch import Batch
+from llama32.batch import Batch, Span
 from llama32.cache import PagedCache, zeros
 from llama32.config import LlamaConfig
+from llama32.paged import fused, join
+
+PIECE = 1024  # slots that are read at a time in decoding: as floats they stay in a cache
 
 
 class Int8Cache(PagedCache):
@@ -33,10 +38,19 @@ class Int8Cache(PagedCache):
     def attends(self, batch: Batch) -> list["Int8Attention"]:
         """One attention for each layer. All read the same pages, which lie in a row for them."""
         pages, compact = in_a_row(batch)
+        pieces = None
+        if batch.max_query == 1 and self.attend is fused:
+            pieces = [in_pieces(span, self.page_size) for span in batch.spans]
         pools = zip(self.keys, self.key_scales, self.values, self.value_scales, strict=True)
         return [
             Int8Attention(
-                Pool(keys, key_scales), Pool(values, value_scales), batch, pages, compact, self
+                Pool(keys, key_scales),
+                Pool(values, value_scales),
+                batch,
+                pages,
+                compact,
+                pieces,
+                self,
             )
             for keys, key_scales, values, value_scales in pools
         ]
@@ -78,6 +92,7 @@ class Int8Attention:
     batch: Batch
     pages: Int[Tensor, " n"]
     compact: Batch
+    pieces: Sequence["Pieces"] | None  # of each sequence, where it is decoding
     cache: Int8Cache
 
     def __call__(
@@ -85,8 +100,43 @@ class Int8Attention:
     ) -> Float[Tensor, "N H D"]:
         self.keys.write(self.batch.slots, k)
         self.values.write(self.batch.slots, v)
+        if self.pieces is not None:
+            queries = q[: len(self.pieces)].unbind()
+            return join([*map(self.one_query, queries, self.pieces)], q)
         k, v = (pool.read(self.pages, self.cache.dtype) for pool in (self.keys, self.values))
         return self.cache.attend(q, k, v, self.compact)
+
+    def one_query(self, q: Float[Tensor, "H D"], pieces: "Pieces") -> Float[Tensor, "1 H D"]:
+        """Piece after piece of the context, each weighted by its sum of exponentials.
+
+        (FlashDecoding, Dao et al. 2023)
+        """
+        grouped = q.view(1, self.keys.integers.shape[-2], -1, q.shape[-1])  # (1, K, H/K, D)
+        outs, sizes = [], []
+        for pages, length in pieces:
+            k, v = (
+                pool.read(pages, self.cache.dtype).flatten(0, 1)[:length].transpose(0, 1)[None]
+                for pool in (self.keys, self.values)
+            )
+            out, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, k, v)
+            outs.append(out)
+            sizes.append(size)
+        if len(outs) == 1:
+            return outs[0].reshape(1, *q.shape)
+        weights = torch.stack(sizes).softmax(0).unsqueeze(-1)  # (pieces, 1, K, H/K, 1)
+        return (torch.stack(outs) * weights).sum(0).type_as(q).view(1, *q.shape)
+
+
+Pieces = Sequence[tuple[Int[Tensor, " n"], int]]  # pages, and how many of their slots are used
+
+
+def in_pieces(span: Span, page_size: int) -> Pieces:
+    """The pages of a sequence, up to PIECE slots at a time from its beginning."""
+    used, step = span.pages[: -(-span.length // page_size)], max(PIECE // page_size, 1)
+    return [
+        (torch.tensor(used[i : i + step]), min(span.length - i * page_size, step * page_size))
+        for i in range(0, len(used), step)
+    ]
 
 
 def in_a_row(batch: Batch) -> tuple[Int[Tensor, " n"], Batch]:

@@ -61,6 +61,23 @@ def test_attention_is_that_over_the_rounded_numbers(attend):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("piece", [4, 8, 1024])
+def test_a_context_in_pieces_is_the_context_in_one(piece, monkeypatch):
+    monkeypatch.setattr("llama32.int8_cache.PIECE", piece)
+    draw = torch.Generator().manual_seed(0)
+    in_pieces, whole = make(Int8Cache), make(Int8Cache, attend=eager)
+    earlier = Batch.pack([Span(range(9), 0, [4, 0, 2]), Span(range(7), 0, [1, 5])], 4)
+    decoding = Batch.pack([Span([1], 9, [4, 0, 2]), Span([2], 7, [1, 5]), Span([3], 0, [3])], 4)
+    for batch in (earlier, decoding):
+        n = batch.num_tokens
+        q, k, v = (torch.randn(n, heads, 10, generator=draw) for heads in (6, 2, 2))
+        attends = zip(in_pieces.attends(batch), whole.attends(batch), strict=True)
+        for one, other in attends:
+            torch.testing.assert_close(one(q, k, v), other(q, k, v))
+    assert in_pieces.attends(decoding)[0].pieces is not None
+    assert len(in_pieces.attends(decoding)[0].pieces[0]) == -(-10 // piece)
+
+
 def test_pages_of_a_batch_lie_in_a_row_and_no_others():
     pages, compact = in_a_row(Batch.pack(SPANS, 4, rows=9))
     assert pages.tolist() == [4, 0, 2, 6, 1]
