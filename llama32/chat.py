@@ -5,18 +5,15 @@ makes ids of them. Text stays text, so no message can end its own turn or forge 
 Every text segment is encoded by itself: where a style cuts its texts decides the exact ids.
 """
 
-import ast
 import json
-import re
-import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from email.utils import formatdate
 from enum import Enum
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from llama32.calls import UNREADABLE, Call, parse_calls, plain, read_call, require
 from llama32.tokenizer import Tokenizer
 
 
@@ -33,7 +30,6 @@ class Control(Enum):
 
 
 Segment = str | Control
-Call = tuple[str, dict[str, Any]]  # of a tool: its name and the arguments
 Message = tuple[str, Any, list[Call]]  # role in the header, text (or a tool's data), calls
 
 
@@ -44,11 +40,11 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer, style: str = "hub") -> None:
-        _require(style in STYLES, f"chat: unknown style {style!r}; use 'hub' or 'meta'")
+        require(style in STYLES, f"chat: unknown style {style!r}; use 'hub' or 'meta'")
         special = tokenizer.special
         needed = [c.value for c in Control][: 4 if style == "hub" else 6]
         missing = ", ".join(token for token in needed if token not in special)
-        _require(not missing, f"this checkpoint has no chat format (lacks {missing}); use generate")
+        require(not missing, f"this checkpoint has no chat format (lacks {missing}); use generate")
         self.tokenizer = tokenizer
         self.render = STYLES[style]
         self.control = {c: special[c.value] for c in Control if c.value in special}
@@ -79,14 +75,18 @@ class Chat:
         `options` are those of the style: see `hub` and `meta`.
         """
         ok = isinstance(messages, list | tuple) and messages
-        _require(ok, f"messages: expected a list with a message in it, got {messages!r:.60}")
+        require(ok, f"messages: expected a list with a message in it, got {messages!r:.60}")
         dialog = [_read_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
         segments = self.render(dialog, _read_tools(tools), date, **options)
         prompt = self.prompt if add_generation_prompt else []
         return self.to_ids([Control.BEGIN, *segments]) + prompt
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """The message that a model wrote, in OpenAI's shape; `encode` takes it back.
+        """The message that a model wrote, in OpenAI's shape; `encode` takes it back. See `read`."""
+        return self.read(ids)[0]
+
+    def read(self, ids: Iterable[int]) -> tuple[dict[str, Any], str | None]:
+        """The message that a model wrote; and where it looks like a tool call and is none, why.
 
         The header before it and the stop token behind it may be there or not. A text that is
         nothing but tool calls becomes `tool_calls` and leaves no content. They are numbered
@@ -98,14 +98,15 @@ class Chat:
             ids = ids[len(self.prompt) :]
         tagged = ids[:1] == [self.control.get(Control.PYTHON)]
         text = self.tokenizer.decode(ids[tagged:])
-        calls = _parse_calls(text)
+        calls, problem = parse_calls(text)
         if tagged and not calls:
-            calls = [("code_interpreter", {"code": text})]
+            calls, problem = [("code_interpreter", {"code": text})], None
         tool_calls = [
             {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": given}}
             for i, (name, given) in enumerate(calls)
         ]
-        return {"role": "assistant", "content": "" if calls else text, "tool_calls": tool_calls}
+        content = "" if calls else text
+        return {"role": "assistant", "content": content, "tool_calls": tool_calls}, problem
 
 
 CALL_FORMAT = (
@@ -146,14 +147,14 @@ def hub(
         system += turns.pop(0)[1]
     if tools and tools_in_user_message:
         hint = "messages: tools need a first message by the user, or tools_in_user_message=False"
-        _require(turns and turns[0][0] == "user", hint)
+        require(turns and turns[0][0] == "user", hint)
         turns[0] = ("user", TOOLS_IN_USER + schemas + turns[0][1])
     turns.insert(0, ("system", system))
     return [s for role, text in turns for s in (*_header(role, "\n\n" + text), Control.EOT)]
 
 
 def _hub_text(role: str, content: Any, calls: list[Call]) -> str:
-    _require(len(calls) < 2, "messages: the style 'hub' takes one tool call a message; keep one")
+    require(len(calls) < 2, "messages: the style 'hub' takes one tool call a message; keep one")
     if calls:
         content = {"name": calls[0][0], "parameters": calls[0][1]}
     return to_json(content) if calls or role == "ipython" else content.strip()
@@ -168,9 +169,9 @@ def meta(
     Llama 3.2 was taught to write it. (`llama_models/llama3/chat_format.py`)
     """
     bare = not tools and date is None
-    _require(bare, "chat: 'meta' has no tools or date; put them in the system message or use 'hub'")
+    require(bare, "chat: 'meta' has no tools or date; put them in the system message or use 'hub'")
     known = tool_prompt_format in ("json", "python_list")
-    _require(known, f"chat: tool_prompt_format {tool_prompt_format!r}; use 'json' or 'python_list'")
+    require(known, f"chat: tool_prompt_format {tool_prompt_format!r}; use 'json' or 'python_list'")
     segments = []
     for role, content, calls in dialog:
         is_code = bool(calls) and calls[0][0] == "code_interpreter"
@@ -203,46 +204,32 @@ def _python_text(value: Any) -> str:
 
 STYLES = {"hub": hub, "meta": meta}
 HEADERS = {r: r for r in ("system", "user", "assistant", "ipython")} | {"tool": "ipython"}
-UNREADABLE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)  # of json and ast
-
-
-def _require(ok: object, problem: str) -> None:
-    if not ok:
-        raise ValueError(problem)
-
-
-def _plain(where: str, value: Any) -> Any:
-    """A copy of value as JSON would carry it."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except UNREADABLE as error:
-        raise ValueError(f"{where}: JSON cannot carry it: {error}") from None
 
 
 def _read_tools(tools: Any) -> list[dict[str, Any]]:
-    tools = _plain("tools", tools or [])
+    tools = plain("tools", tools or [])
     ok = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    _require(ok, f"tools: expected a list of dicts, got {tools!r:.60}")
+    require(ok, f"tools: expected a list of dicts, got {tools!r:.60}")
     return tools
 
 
 def _read_message(where: str, message: Any) -> Message:
-    _require(isinstance(message, Mapping), f"{where}: expected a dict, got {message!r:.60}")
+    require(isinstance(message, Mapping), f"{where}: expected a dict, got {message!r:.60}")
     role, content = message.get("role"), message.get("content")
-    _require(role in list(HEADERS), f"{where}: role {role!r:.60} is none of {', '.join(HEADERS)}")
+    require(role in list(HEADERS), f"{where}: role {role!r:.60} is none of {', '.join(HEADERS)}")
     try:
-        calls = [_read_call(call) for call in message.get("tool_calls") or []]
+        calls = [read_call(call) for call in message.get("tool_calls") or []]
     except UNREADABLE:
         shape = "[{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}, ...]"
         raise ValueError(f"{where}: tool_calls must look like {shape}") from None
-    _require(role == "assistant" or not calls, f"{where}: only the assistant has tool_calls")
+    require(role == "assistant" or not calls, f"{where}: only the assistant has tool_calls")
     if content is None and calls:
         content = ""
     if isinstance(content, list) and content and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     kinds = str | dict | list if HEADERS[role] == "ipython" else str
-    _require(isinstance(content, kinds), f"{where}: content must be text, got {content!r:.60}")
-    return HEADERS[role], _plain(where, content), calls
+    require(isinstance(content, kinds), f"{where}: content must be text, got {content!r:.60}")
+    return HEADERS[role], plain(where, content), calls
 
 
 def _is_text(part: Any) -> bool:
@@ -250,50 +237,3 @@ def _is_text(part: Any) -> bool:
         case {"type": "text", "text": str()}:
             return True
     return False
-
-
-def _read_call(value: Any) -> Call:
-    """A call as OpenAI spells it or as models do, arguments as a dict or as the JSON of one."""
-    function = value.get("function", value) if isinstance(value, Mapping) else value
-    _require(isinstance(function, Mapping), "not a call")
-    spelled = function.keys() - {"type"} in ({"name", "arguments"}, {"name", "parameters"})
-    _require(spelled and function.get("type", "function") == "function", "not a call")
-    name, arguments = function["name"], function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    _require(name and isinstance(name, str) and isinstance(arguments, dict), "not a call")
-    return name, _plain("arguments", arguments)
-
-
-def _parse_calls(text: str) -> list[Call]:
-    """The calls that a text consists of; none where it is anything else."""
-    for parse in (_json_calls, _python_calls):
-        with suppress(*UNREADABLE):
-            return parse(text.strip())
-    return []
-
-
-def _json_calls(text: str) -> list[Call]:
-    """`{"name": "f", "parameters": {...}}`; several stand in a list or in a row."""
-    calls, at = [], 0
-    while at < len(text):
-        value, at = json.JSONDecoder().raw_decode(text, at)
-        calls += map(_read_call, value if isinstance(value, list) else [value])
-        at = next(re.compile(r"[;\s]*").finditer(text, at)).end()
-    return calls
-
-
-def _python_calls(text: str) -> list[Call]:
-    """`[f(a="x", b=1), g()]`, read but never run."""
-    _require(re.match(r"\[\s*[\w.]+\(", text), "not calls")
-    with warnings.catch_warnings(action="ignore"):  # "\d" in a text is the model's affair
-        tree = ast.parse(text, mode="eval").body
-    calls = []
-    for node in getattr(tree, "elts", ()):
-        if not isinstance(node, ast.Call) or node.args:
-            raise ValueError("not a call")
-        name = ast.unparse(node.func)
-        arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-        _require(name.replace(".", "").isidentifier() and None not in arguments, "not a call")
-        calls.append(_read_call({"name": name, "parameters": arguments}))
-    return calls

@@ -17,6 +17,7 @@ from llama32.sampling import derive_seed
 from llama32.settings import Sampling
 from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
+from llama32.tools import Tools
 
 Prompt = str | Sequence[int]
 
@@ -144,30 +145,46 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         sampling: Sampling | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        run_tools: bool = False,
+        max_rounds: int = 8,
         date: str | None = None,
         **changes: Any,
     ) -> Result:
-        """Answer a dialog of {"role", "content"} messages; `result.message` continues it.
+        """Answer a dialog of {"role", "content"} messages; `result.messages` continue it.
 
-        `tools` are JSON descriptions of functions, as in OpenAI's API. `date` is what the model
-        is told of today, "26 Jul 2024"; None is today.
+        `tools` are JSON descriptions of functions, as in OpenAI's API, or Python functions: then
+        signature and docstring are the description (`tools.py`). With `run_tools` those that the
+        model calls are run, and it is told what they gave or raised, until it answers without a
+        call, or has had `max_rounds` of them: its last message may then be one more call. `date` is
+        what the model is told of today, "26 Jul 2024"; None is today.
         """
-        return self.stream_chat(messages, sampling, tools=tools, date=date, **changes).run()
+        given = Tools(tools or ())
+        added: list[dict[str, Any]] = []
+        for rounds_left in reversed(range(max_rounds + 1)):
+            dialog = [*messages, *added]
+            stream = self.stream_chat(dialog, sampling, tools=given.schemas, date=date, **changes)
+            result = stream.run()
+            message = result.message
+            assert message is not None
+            if not run_tools or not rounds_left or not given.can_run(message):
+                return dataclasses.replace(result, messages=[*added, message])
+            added += given.answers(message)
+        raise ValueError(f"max_rounds is {max_rounds}, allowed: 0 or more")
 
     def stream_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         sampling: Sampling | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         date: str | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **changes: Any,
     ) -> Stream:
         """The answer, piece by piece."""
         chat = self.require_chat()
-        ids = chat.encode(messages, tools=tools, date=date)
+        ids = chat.encode(messages, tools=Tools(tools or ()).schemas, date=date)
         return self._start(ids, self._sampling(sampling, changes), on_prefill, chat)
 
     def require_chat(self) -> Chat:
@@ -203,7 +220,7 @@ class LLM:
         eos_ids = {*self.eos_ids, *(chat.stop_ids if chat else ())}
         engine = self.engine
         request = engine.add(ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
-        return Stream(engine, request, self.tokenizer, chat.parse if chat else None)
+        return Stream(engine, request, self.tokenizer, chat)
 
     def _run(self, asked: Sequence[tuple[Any, Sampling]], progress: bool | None) -> list[Result]:
         """All to their ends, together."""

@@ -1,9 +1,11 @@
 """Text while it is made: the tokens of a request, decoded, up to a stop string."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llama32.calls import HeldCalls
+from llama32.chat import Chat, Control
 from llama32.engine.engine import Engine
 from llama32.engine.request import Request
 from llama32.generate import Token
@@ -31,11 +33,14 @@ class Result:
     usage: Usage
     logprobs: list[TokenLogprobs] | None = None  # one per id, where `Sampling.logprobs` asked
     message: dict[str, Any] | None = None  # of a chat: {"role", "content", "tool_calls"}
+    messages: list[dict[str, Any]] | None = None  # of a chat: all that continues its dialog
+    call_problem: str | None = None  # why what looks like a tool call is none
     error: Exception | None = None  # what ended it; never seen of a single prompt, which raises it
 
 
 class Stream(Iterator[str]):
-    """Iterate for the pieces; afterwards `result` holds the whole.
+    """Iterate for the pieces; afterwards `result` holds the whole. Of a chat, tool calls are no
+    pieces: they come as a whole, in `result.message`.
 
     It begins to move when someone asks for a piece, of this stream or of another of its engine.
     """
@@ -45,11 +50,12 @@ class Stream(Iterator[str]):
         engine: Engine,
         request: Request,
         tokenizer: Tokenizer | None,
-        read_message: Callable[[list[int]], dict[str, Any]] | None = None,
+        chat: Chat | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
-        self._read_message = read_message
+        self._chat = chat
+        self._held = HeldCalls() if chat else None
         self._stops = StopStrings(request.sampling.stop)
         self._decoder = tokenizer.stream() if tokenizer else None
         self._seen: list[Token] = []
@@ -85,7 +91,6 @@ class Stream(Iterator[str]):
                 break
         if not self.has_ended and len(self._seen) == len(self._request.tokens):
             self._reason = self._request.finish_reason  # "abort" or "error": no token says so
-        self._text += text
         return text
 
     def run(self) -> Result:
@@ -105,7 +110,7 @@ class Stream(Iterator[str]):
         self.close()
         ids = [token.id for token in self._seen]
         logprobs = [token.logprobs for token in self._seen if token.logprobs is not None]
-        message = self._read_message(ids) if self._read_message else None
+        message, problem = self._chat.read(ids) if self._chat else (None, None)
         if message and self._stops.hit and not message["tool_calls"]:
             message["content"] = self._text
         return Result(
@@ -115,11 +120,15 @@ class Stream(Iterator[str]):
             usage=Usage(len(self._request.prompt), len(ids), self._request.num_cached),
             logprobs=logprobs or None,
             message=message,
+            messages=[message] if message else None,
+            call_problem=problem,
             error=self._request.error,
         )
 
     def _push(self, token: Token) -> str:
         """One token more; a stop string ends the request."""
+        if self._chat and not self._seen and token.id == self._chat.control.get(Control.PYTHON):
+            self._held = HeldCalls(is_call=True)
         self._seen.append(token)
         reason, piece = token.finish_reason, ""
         if self._decoder and reason != "stop":
@@ -130,4 +139,10 @@ class Stream(Iterator[str]):
             reason = "stop"
             self._engine.abort(self._request)
         self._reason = reason
-        return piece
+        self._text += piece
+        if self._chat is None or self._held is None:
+            return piece
+        shown = self._held.push(piece)
+        if reason and not self._chat.parse(one.id for one in self._seen)["tool_calls"]:
+            shown += self._held.flush()
+        return shown

@@ -123,11 +123,11 @@ def test_a_turn_without_any_answer_is_forgotten(folder, monkeypatch, capsys, pla
 
 
 def test_several_tool_calls_stay_in_the_history_as_text(tmp_path, monkeypatch):
-    def parse(self, ids) -> dict:
+    def read(self, ids) -> tuple[dict, None]:
         calls = [{"function": {"name": name, "arguments": {}}} for name in "fg"]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": "assistant", "content": "", "tool_calls": calls}, None
 
-    monkeypatch.setattr(Chat, "parse", parse)
+    monkeypatch.setattr(Chat, "read", read)
     dialog = talk(alphabet_checkpoint(tmp_path, says="[f(),g"))
     typed(monkeypatch, "Hello", "And?")
     converse(dialog)

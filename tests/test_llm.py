@@ -3,6 +3,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from llama32.loading import assemble, eos_ids, has_chat_template, load
 from llama32.sampling import derive_seed
 from llama32.saving import save
 from llama32.settings import Sampling
+from llama32.stream import Result, Usage
 from llama32.tokenizer import Tokenizer
+from llama32.tools import Tools
 from tests.alphabet import ALPHABET, alphabet_checkpoint
 from tests.checkpoints import edit_json, random_model, tiny_config
 
@@ -185,6 +188,76 @@ def test_a_tool_call_is_in_the_message(tmp_path):
     assert result.text == "[f(x=1)]"
     [call] = result.message["tool_calls"]
     assert call["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+def test_a_streamed_chat_shows_text_and_keeps_calls_for_the_message(tmp_path):
+    caller = load(alphabet_checkpoint(tmp_path / "call", says="[f(x=1)]"))
+    stream = caller.stream_chat(HELLO)
+    assert [*stream] == []
+    assert stream.result.text == "[f(x=1)]"
+    assert stream.result.message["tool_calls"]
+    cut = caller.stream_chat(HELLO, max_new_tokens=4)
+    assert "".join(cut) == cut.result.text == cut.result.message["content"] == "[f(x"
+    assert cut.result.call_problem.startswith("begins like a tool call, but is none: ")
+    talker = load(alphabet_checkpoint(tmp_path / "talk", says="[1, 2]"))
+    pieces = [*talker.stream_chat(HELLO)]
+    assert pieces[0] == "[1"
+    assert "".join(pieces) == "[1, 2]"
+
+
+def scripted(llm, monkeypatch, *answers: str) -> list[list]:
+    """Chats that are answered so, one after the other; returns the dialogs that were."""
+    seen, left = [], list(answers)
+
+    def stream_chat(self, messages, sampling=None, **given):
+        seen.append([*messages])
+        message, problem = llm.chat_format.read(llm.tokenizer.encode(left.pop(0)))
+        usage = Usage(1, 1)
+        result = Result("", [], "stop", usage, message=message, call_problem=problem)
+        return SimpleNamespace(run=lambda: result)
+
+    monkeypatch.setattr(LLM, "stream_chat", stream_chat)
+    return seen
+
+
+def add(a: int, b: int) -> int:
+    """The sum."""
+    return a + b
+
+
+def test_tools_are_run_until_there_is_an_answer(llm, monkeypatch):
+    seen = scripted(llm, monkeypatch, "[add(a=1, b=2)]", "[add(a=3, b='x')]", "It is 3.")
+    result = llm.chat(HELLO, tools=[add], run_tools=True)
+    assert result.message["content"] == "It is 3."
+    roles = [message["role"] for message in result.messages]
+    assert roles == ["assistant", "tool", "assistant", "tool", "assistant"]
+    assert result.messages[1]["content"] == "3"
+    assert "b: Input should be a valid integer" in result.messages[3]["content"]
+    assert seen == [HELLO, HELLO + result.messages[:2], HELLO + result.messages[:4]]
+    llm.chat_format.encode([*HELLO, *result.messages], tools=[])
+
+
+def test_rounds_of_tools_are_bounded(llm, monkeypatch):
+    seen = scripted(llm, monkeypatch, *["[add(a=1, b=2)]"] * 9)
+    result = llm.chat(HELLO, tools=[add], run_tools=True, max_rounds=2)
+    assert len(seen) == 3
+    assert result.message["tool_calls"]  # unanswered
+    assert len(result.messages) == 5
+    with pytest.raises(ValueError, match="max_rounds is -1, allowed: 0 or more"):
+        llm.chat(HELLO, tools=[add], run_tools=True, max_rounds=-1)
+
+
+def test_tools_are_the_callers_to_run_unless_asked(llm, monkeypatch):
+    scripted(llm, monkeypatch, *["[add(a=1, b=2)]"] * 2)
+    assert len(llm.chat(HELLO, tools=[add]).messages) == 1
+    schema = {"type": "function", "function": {"name": "add"}}
+    assert len(llm.chat(HELLO, tools=[schema], run_tools=True).messages) == 1
+
+
+def test_functions_reach_the_prompt_as_their_schema(llm):
+    asked = llm.chat(HELLO, tools=[add], date="26 Jul 2024", max_new_tokens=1)
+    ids = llm.chat_format.encode(HELLO, tools=Tools([add]).schemas, date="26 Jul 2024")
+    assert asked.usage.prompt_tokens == len(ids)
 
 
 def test_the_turn_ends_a_chat_even_where_the_checkpoint_names_no_eos(llm):
