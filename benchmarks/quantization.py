@@ -11,7 +11,8 @@ is taken that this machine can do.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,11 @@ import llama32
 from llama32.adapt.fused import Part
 from llama32.adapt.optimize import FORMS, ROWS, Choice, Optimizer, Trial, kind_of
 from llama32.adapt.packed import PackedLinear
+from llama32.adapt.quantize import SCHEMES
 from llama32.adapt.quantized import QuantizedLinear
 from llama32.adapt.tied import linear_layers
+from llama32.batch import Batch, Span
+from llama32.int8_cache import Int8Cache
 from llama32.model import Llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
@@ -44,17 +48,32 @@ class Score(NamedTuple):
     perplexity: float
 
 
-def forms(folder: Path | str) -> Iterator[tuple[str, Llama]]:
-    """The model in every form, the fp32 one first; others compute in what it is stored in."""
-    yield "fp32", llama32.load_model(folder, dtype=torch.float32)
-    for scheme in (None, "int8", "int4"):
+Run = Callable[[torch.Tensor], torch.Tensor]  # (1, T) -> (1, T, V)
+
+
+def forms(folder: Path | str) -> Iterator[tuple[str, Llama, Run]]:
+    """The model in every form and how it is run, the fp32 one first; others compute in what it is
+    stored in."""
+    wide = llama32.load_model(folder, dtype=torch.float32)
+    yield "fp32", wide, wide
+    for scheme in (None, *SCHEMES):
         plain = llama32.load_model(folder, quantize=scheme)
         kind = scheme or str(plain.norm.weight.dtype).removeprefix("torch.")
-        yield f"{kind}, plain", plain
+        yield f"{kind}, plain", plain, plain
+        if scheme is None:
+            yield f"{kind}, keys and values in int8", plain, partial(with_int8_cache, plain)
         for form in FORMS:
             model = in_form(folder, scheme, form)
             if model is not None:
-                yield f"{kind}, {form.title}", model
+                yield f"{kind}, {form.title}", model, model
+
+
+def with_int8_cache(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    """Every token sees the others, and itself, as the cache has rounded them."""
+    ids = tokens[0].tolist()
+    cache = Int8Cache(model.config, -(-len(ids) // 64), 64, dtype=model.norm.weight.dtype)
+    batch = Batch.pack([Span(ids, 0, [*range(len(cache.free))])], 64)
+    return model(batch.tokens, batch.positions, cache.attends(batch)).unsqueeze(0)
 
 
 def in_form(folder: Path | str, scheme: str | None, form: type[PackedLinear]) -> Llama | None:
@@ -85,12 +104,12 @@ def weights(model: Llama) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def score(model: Llama, wide: Llama, texts: Sequence[Sequence[int]]) -> Score:
+def score(model: Llama, run: Run, wide: Llama, texts: Sequence[Sequence[int]]) -> Score:
     """Text by text, every token after the first."""
     divergence = agreement = loss = 0.0
     for ids in texts:
         tokens = torch.tensor([ids])
-        found = model(tokens)[0, :-1].float().log_softmax(-1)
+        found = run(tokens)[0, :-1].float().log_softmax(-1)
         wanted = wide(tokens)[0, :-1].log_softmax(-1)
         divergence += kl_div(found, wanted, log_target=True, reduction="sum").item()
         agreement += (found.argmax(-1) == wanted.argmax(-1)).sum().item()
@@ -143,11 +162,11 @@ def main() -> None:
     head = ["", "weight error", "mean KL from fp32", "same choice", "perplexity"]
     for name, folder in folders.items():
         each = forms(folder)
-        _, wide = next(each)
+        _, wide, _ = next(each)
         limit = wide.config.max_position_embeddings
         texts = [ids for ids in encoded[name] if len(ids) <= limit][:STORIES]
-        found = {"fp32": score(wide, wide, texts)}
-        found |= {title: score(model, wide, texts) for title, model in each}
+        found = {"fp32": score(wide, wide, wide, texts)}
+        found |= {title: score(model, run, wide, texts) for title, model, run in each}
         tokens = sum(len(ids) - 1 for ids in texts)
         title = f"{name}, {len(texts)} stories, {tokens:,} tokens:"
         reports.append(f"{title}\n\n{table(head, rows(found))}")

@@ -24,7 +24,7 @@ from llama32.llm import LLM
 from llama32.loading import load, load_model
 from llama32.model import Llama
 from llama32.saving import save
-from llama32.settings import Sampling
+from llama32.settings import Grammar, Sampling
 from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
 
@@ -35,6 +35,7 @@ __all__ = [
     "DraftModel",
     "Engine",
     "EngineSettings",
+    "Grammar",
     "Llama",
     "LlamaConfig",
     "PromptLookup",

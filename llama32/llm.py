@@ -11,10 +11,11 @@ from llama32.chat import Chat
 from llama32.config import LlamaConfig
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
+from llama32.guides import Guide, Guides
 from llama32.model import Llama
 from llama32.progress import watch
 from llama32.sampling import derive_seed
-from llama32.settings import Sampling
+from llama32.settings import Grammar, Sampling
 from llama32.stream import Result, Stream
 from llama32.tokenizer import Tokenizer
 from llama32.tools import Tools
@@ -37,6 +38,7 @@ class LLM:
     eos_ids: tuple[int, ...] = ()
     engine_settings: EngineSettings = field(default_factory=EngineSettings)
     _engines: dict[Any, Engine] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _guides: dict[Any, Guides] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @property
@@ -218,9 +220,21 @@ class LLM:
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: this checkpoint has no tokenizer; use stop_ids")
         eos_ids = {*self.eos_ids, *(chat.stop_ids if chat else ())}
+        guide = self._guide(sampling.grammar, frozenset({*eos_ids, *sampling.stop_ids}))
         engine = self.engine
-        request = engine.add(ids, sampling, eos_ids=eos_ids, on_prefill=on_prefill)
+        request = engine.add(ids, sampling, eos_ids=eos_ids, guide=guide, on_prefill=on_prefill)
         return Stream(engine, request, self.tokenizer, chat)
+
+    def _guide(self, grammar: Grammar | None, eos_ids: frozenset[int]) -> Guide | None:
+        """Through the grammar of one request."""
+        if grammar is None:
+            return None
+        if self.tokenizer is None or not eos_ids:
+            raise ValueError("grammar: needs a tokenizer, and an id that ends a text (`stop_ids`)")
+        with self._lock:
+            if eos_ids not in self._guides:  # to make one takes a second for 128,256 tokens
+                self._guides[eos_ids] = Guides(self.tokenizer, eos_ids)
+            return self._guides[eos_ids].guide(grammar)
 
     def _run(self, asked: Sequence[tuple[Any, Sampling]], progress: bool | None) -> list[Result]:
         """All to their ends, together."""

@@ -16,6 +16,7 @@ from hashlib import blake2b
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llama32.settings import Sampling
 
@@ -135,8 +136,12 @@ def choose(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
     seeds: Sequence[int],
+    allowed: Sequence[bytes | None] = (),
 ) -> Chosen:
     """The next token of every row, each by its own settings; row i is at step `len(outputs[i])`.
+
+    `allowed` has for each row a bit for every token that may be chosen, the lowest first, or None
+    for all.
 
     Rows that ask for the same stages go through them together, so that a batch of greedy rows is
     one maximum. Raises FloatingPointError where a row holds nan or infinity.
@@ -145,15 +150,32 @@ def choose(
     for row, setting in enumerate(settings):
         groups.setdefault(setting.stages, []).append(row)
 
+    limited = only_allowed(logits, allowed)
     ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     for stages, rows in groups.items():
-        alike = logits if len(groups) == 1 else logits[rows]
+        alike = limited if len(groups) == 1 else limited[rows]
         given = ([of[row] for row in rows] for of in (settings, prompts, outputs, seeds))
         ids[rows] = _choose_alike(stages, alike.float(), *given)
 
     asked = ((row, s.logprobs) for row, s in enumerate(settings) if s.logprobs is not None)
     logprobs = {row: _logprobs(logits[row], int(ids[row]), n) for row, n in asked}
     return Chosen(ids, [logprobs.get(row) for row in range(len(settings))])
+
+
+def only_allowed(
+    logits: Float[Tensor, "B V"], allowed: Sequence[bytes | None]
+) -> Float[Tensor, "B V"]:
+    """-inf where a row's bits say no, or do not reach."""
+    if not any(allowed):
+        return logits
+    logits = logits.clone()
+    for row, bits in zip(logits, allowed, strict=True):
+        if bits is not None:
+            packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+            each = (packed.unsqueeze(-1) >> torch.arange(8) & 1).flatten()[: len(row)].bool()
+            may = pad(each, (0, len(row) - len(each))).to(row.device)
+            row.masked_fill_(~may, -math.inf)
+    return logits
 
 
 def _choose_alike(stages, scores, settings, prompts, outputs, seeds) -> Int[Tensor, " B"]:

@@ -3,15 +3,42 @@
 Plain Python, so that what plans and queues requests needs no torch.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 
 def real(x: Any) -> float:
     """The number as a float; unlike `float` itself it refuses text."""
     return float(+x)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What form an output is to have: made by `json`, `regex` or `choice`."""
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any] | bool = True) -> "Grammar":
+        """JSON that a schema allows; without one, any object."""
+        anything = {"type": "object"}
+        return cls("json_schema", json.dumps(anything if schema is True else schema))
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Grammar":
+        """The whole text matches. (syntax of Rust's regex: no look-around, no back-references)"""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> "Grammar":
+        """Just one of these."""
+        if isinstance(texts, str) or not texts or not all(texts):
+            raise ValueError(f"Grammar.choice: {texts!r:.60} is not a list of texts, none empty")
+        return cls("choice", json.dumps([*texts]))
 
 
 RULES: dict[str, tuple[Callable, Callable[[Any], bool], str]] = {  # form, condition, in words
@@ -37,6 +64,7 @@ RULES: dict[str, tuple[Callable, Callable[[Any], bool], str]] = {  # form, condi
     "seed": (index, lambda n: -(2**63) <= n < 2**64, "64 bits, -2**63 to 2**64 - 1"),
     "max_new_tokens": (index, lambda n: n >= 1, "1 or more"),
     "logprobs": (index, lambda n: n >= 0, "0 or more"),
+    "grammar": (lambda g: g, lambda g: isinstance(g, Grammar), "a Grammar"),
 }
 
 
@@ -62,6 +90,7 @@ class Sampling:
     seed: int | None = None
     max_new_tokens: int = 512
     logprobs: int | None = None  # 0: of the chosen token; n: also of the n likeliest
+    grammar: Grammar | None = None  # what an output that ends by itself is like (`guides.py`)
 
     def __post_init__(self):
         for name, (form, holds, allowed) in RULES.items():

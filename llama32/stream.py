@@ -131,7 +131,8 @@ class Stream(Iterator[str]):
             self._held = HeldCalls(is_call=True)
         self._seen.append(token)
         reason, piece = token.finish_reason, ""
-        if self._decoder and reason != "stop":
+        is_text = reason != "stop" or token.id not in self._request.stop_ids
+        if self._decoder and is_text:
             piece = self._stops.push(self._decoder.push(token.id))
         if self._decoder and reason:
             piece += self._stops.push(self._decoder.flush()) + self._stops.flush()

@@ -41,6 +41,7 @@ def draw_rows(logits: Float[Tensor, "N V"], rows: Sequence[tuple[Request, int]])
             [request.prompt for request, _ in rows],
             [request.output_with(n) for request, n in rows],
             [request.seed for request, _ in rows],
+            [request.guide.allowed() if request.guide else None for request, _ in rows],
         )
     except FloatingPointError as error:
         if len(rows) == 1:

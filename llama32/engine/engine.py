@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from secrets import randbits
 from threading import RLock
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llama32.config import LlamaConfig
 from llama32.engine.drawing import Drawn
@@ -85,6 +85,7 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         eos_ids: Collection[int] = (),
+        guide: Any = None,
         on_token: Callable[[Token], object] | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
     ) -> Request:
@@ -92,8 +93,9 @@ class Engine:
 
         `on_token` is told every token as it comes, `on_prefill(done, total)` how far the prompt is
         read. What they raise ends this request with the reason "error", and touches no other.
-        Raises ValueError at once for what could never run: an empty prompt, ids out of range, more
-        tokens than the context or the whole cache holds.
+        `guide` (`guides.py`) leads it through a grammar; it gets no drafts. Raises ValueError at
+        once for what could never run: an empty prompt, ids out of range, more tokens than the
+        context or the whole cache holds.
         """
         sampling = sampling or Sampling()
         with self._lock:
@@ -101,12 +103,14 @@ class Engine:
             longest = check_prompt(config, prompt, sampling)
             if (token := max(sampling.logit_bias, default=0)) >= config.vocab_size:
                 raise ValueError(f"logit_bias: token {token}, of {config.vocab_size} in all")
+            ends = guide is not None or not sampling.ignore_eos  # a grammar says when it may end
             request = Request(
                 prompt=list(prompt),
                 longest=longest,
                 sampling=sampling,
                 seed=randbits(64) if sampling.seed is None else sampling.seed,
-                stop_ids=frozenset(sampling.stop_ids).union(() if sampling.ignore_eos else eos_ids),
+                guide=guide,
+                stop_ids=frozenset(sampling.stop_ids).union(eos_ids if ends else ()),
                 on_token=on_token,
                 on_prefill=on_prefill,
             )
@@ -265,12 +269,11 @@ class Engine:
         if error is not None:
             self._end(request, "error", error)
             return
-        request.append(id)
-        reason = None
-        if id in request.stop_ids:
-            reason = "stop"
-        elif request.length >= request.longest:
-            reason = "length"
+        try:
+            reason = request.append(id)
+        except ValueError as error:  # its grammar has become too large
+            self._end(request, "error", error)
+            return
         request.tokens.append(Token(id, logprobs, reason))
         self._counts["generated"] += 1
         if len(request.output) == 1:

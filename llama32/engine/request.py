@@ -22,6 +22,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
+    guide: Any = None  # of its grammar: a `guides.Guide` that goes along
     on_token: Callable[[Any], object] | None = None
     on_prefill: Callable[[int, int], object] | None = None
 
@@ -61,8 +62,15 @@ class Request:
         """The output, if the first of its drafts are right."""
         return [*self.output, *self.drafts[:num_drafts]] if num_drafts else self.output
 
-    def append(self, token: int) -> None:
-        """The next token. All before it are in the cache, or it could not have been drawn: also
-        those of this step, which had been drafted."""
+    def append(self, token: int) -> str | None:
+        """The next token; returns the finish reason if it is the last. All before it are in the
+        cache, or it could not have been drawn: also those of this step, which had been drafted."""
         self.num_computed = self.length
         self.output.append(token)
+        if self.guide is not None:
+            self.guide.push(token)
+            if self.guide.is_finished:
+                return "stop"
+        if token in self.stop_ids:
+            return "stop"
+        return "length" if self.length >= self.longest else None

@@ -7,7 +7,7 @@ a draft of one. Which rows share a call, and which graph runs it, is no concern 
 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -59,7 +59,10 @@ class Runner:
         self._graphs: dict[tuple[int, int], Graph] | None = {} if has_graphs else None
         self._is_static = has_graphs
         self._is_compiled = settings.compiled
-        self._model = with_compiled_layers(model) if settings.compiled else model
+        self._model = model
+        if settings.compiled:  # only now, since to mention the compiler is to import it
+            self._model = with_compiled_layers(model)
+            self._uncompiled_call: Any = torch.compiler.disable(call)
         self._sizes = graph_rows(settings.max_rows) if has_graphs else []
         self.prompt_rows, self.decode_rows, self.deterministic = rows_of(
             model, deterministic, self._sizes
@@ -154,10 +157,11 @@ class Runner:
         attends = [replace(layer, attend=attend) for layer in self.cache.attends(batch)]
         return self._call(batch, attends)
 
-    def _call(self, batch: Batch, attends: Sequence[Attend], **given: Any) -> Float[Tensor, "N V"]:
+    def _call(self, batch: Batch, attends: Sequence[Any], **given: Any) -> Float[Tensor, "N V"]:
         """The model itself."""
-        used = [Uncompiled(attend) for attend in attends] if self._is_compiled else attends
-        return self._model(batch.tokens, batch.positions, used, **given)
+        if self._is_compiled:
+            attends = [Uncompiled(attend, self._uncompiled_call) for attend in attends]
+        return self._model(batch.tokens, batch.positions, attends, **given)
 
     def _padded(self, spans: Sequence[Span], rows: int) -> Batch:
         """Padded with sequences of one token, and tables to a power of two."""
@@ -189,15 +193,20 @@ def with_compiled_layers(model: Llama) -> Llama:
     return shallow
 
 
+@dataclass
 class Uncompiled:
-    """An attention that the compiler leaves alone."""
+    """An attention that the compiler leaves alone, by `call` being such a function."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    attend: Attend
+    call: Callable[[Attend, Tensor, Tensor, Tensor], Tensor]
 
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v)
+        return self.call(self.attend, q, k, v)
+
+
+def call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Only that."""
+    return attend(q, k, v)
 
 
 class Graph:

@@ -75,6 +75,8 @@ class Speculator:
         asked: dict[Request, int] = {}
         for request, _, stop in step.decode:
             wanted = int(self._wanted.get(request, self._num_tokens))
+            if request.guide is not None:  # it has not been where a draft would take it
+                continue
             if stop == request.length and (room := scheduler.reserve(request, wanted)):
                 asked[request] = room
         for request, drafts in self._drafter.propose(asked).items():
