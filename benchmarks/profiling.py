@@ -53,12 +53,7 @@ def counted(seconds: Seconds, kind: str, call: Callable[..., Any]) -> Callable[.
 
 def profile(ours: Ours, prompts: list[list[int]], seconds: Seconds) -> dict[str, float]:
     """Seconds of a step by kind."""
-    tokens = STEPS + STEADY + 64
-    engine = ours.engine(sum(len(prompt) + tokens + 128 for prompt in prompts))
-    for prompt in prompts:
-        ours.add(engine, prompt, tokens)
-    while engine.stats.generated < len(prompts) or engine.stats.waiting:
-        engine.step()
+    engine = ours.decoding(prompts, STEPS)
     steps = []
     for _ in range(STEADY + STEPS):
         seconds.clear()

@@ -84,7 +84,7 @@ class Ours:
 
     def engine(self, tokens: int) -> Engine:
         """With an empty cache of that size."""
-        settings = EngineSettings(cache_tokens=tokens, compiled=self.is_compiled, max_running=8)
+        settings = EngineSettings(cache_tokens=tokens, compiled=self.is_compiled)
         engine = Engine.of(self.model, settings)
         engine.warm_up()
         return engine
@@ -101,14 +101,18 @@ class Ours:
         engine.wait(request, 0)
         return time.perf_counter() - start
 
-    def decode(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+    def decoding(self, prompts: Sequence[Sequence[int]], steps: int) -> Engine:
+        """One in which each prompt has its first token, with room for so many more steps."""
         tokens = steps + STEADY + 64
         engine = self.engine(sum(len(prompt) + tokens + 128 for prompt in prompts))
         for prompt in prompts:
             self.add(engine, prompt, tokens)
         while engine.stats.generated < len(prompts) or engine.stats.waiting:
             engine.step()
-        return median_step(engine.step, steps)
+        return engine
+
+    def decode(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+        return median_step(self.decoding(prompts, steps).step, steps)
 
 
 class Transformers:

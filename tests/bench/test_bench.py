@@ -178,3 +178,8 @@ def test_the_command_prints_tables_or_json(monkeypatch):
     assert "128.0" in shown.stdout
     (found,) = json_of(run_command("bench", "--json", "--prompt", "64"))
     assert found["model"] == "tiny"
+
+
+def test_all_prompts_are_decoded_at_once():
+    engine = Ours(resolve("tiny"), "plain").decoding([[1, 2, 3 + i] for i in range(9)], 2)
+    assert engine.stats.running == 9
