@@ -37,19 +37,19 @@ class Int8Cache(PagedCache):
 
     def attends(self, batch: Batch) -> list["Int8Attention"]:
         """One attention for each layer. All read the same pages, which lie in a row for them."""
-        pages, compact = in_a_row(batch)
-        pieces = None
+        pieces = whole = None
         if batch.max_query == 1 and self.attend is fused:
             pieces = [in_pieces(span, self.page_size) for span in batch.spans]
+        else:
+            whole = in_a_row(batch)
         pools = zip(self.keys, self.key_scales, self.values, self.value_scales, strict=True)
         return [
             Int8Attention(
                 Pool(keys, key_scales),
                 Pool(values, value_scales),
                 batch,
-                pages,
-                compact,
                 pieces,
+                whole,
                 self,
             )
             for keys, key_scales, values, value_scales in pools
@@ -90,9 +90,8 @@ class Int8Attention:
     keys: Pool
     values: Pool
     batch: Batch
-    pages: Int[Tensor, " n"]
-    compact: Batch
-    pieces: Sequence["Pieces"] | None  # of each sequence, where it is decoding
+    pieces: Sequence["Pieces"] | None  # of each sequence, in decoding on a CPU
+    whole: tuple[Int[Tensor, " n"], Batch] | None  # else: as `in_a_row` has them
     cache: Int8Cache
 
     def __call__(
@@ -103,8 +102,10 @@ class Int8Attention:
         if self.pieces is not None:
             queries = q[: len(self.pieces)].unbind()
             return join([*map(self.one_query, queries, self.pieces)], q)
-        k, v = (pool.read(self.pages, self.cache.dtype) for pool in (self.keys, self.values))
-        return self.cache.attend(q, k, v, self.compact)
+        assert self.whole is not None
+        pages, compact = self.whole
+        k, v = (pool.read(pages, self.cache.dtype) for pool in (self.keys, self.values))
+        return self.cache.attend(q, k, v, compact)
 
     def one_query(self, q: Float[Tensor, "H D"], pieces: "Pieces") -> Float[Tensor, "1 H D"]:
         """Piece after piece of the context, each weighted by its sum of exponentials.

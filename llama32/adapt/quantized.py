@@ -76,40 +76,8 @@ def _linear(weight: Float[Tensor, "out in"]) -> nn.Linear:
     return layer
 
 
-class Int8Linear(QuantizedLinear):
-    """A signed byte for each weight, and a scale for each row: w = scale * integer.
-
-    Symmetric, so that no product needs a correction for a zero point.
-    """
-
-    weight: Int8[Tensor, "out in"]
-    scale: Float[Tensor, " out"]
-
-    def __init__(self, weight: Int8[Tensor, "out in"], scale: Float[Tensor, " out"]) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-
-    @classmethod
-    def of(cls, weight: Float[Tensor, "out in"]) -> "Int8Linear":
-        wide = weight.detach().float()
-        scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return cls((wide / scale.unsqueeze(-1)).round().to(torch.int8), scale)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    def dequantized(self) -> Float[Tensor, "out in"]:
-        return self.weight * self.scale.unsqueeze(-1)
-
-
-class Float8Linear(QuantizedLinear):
-    """A small float for each weight (e4m3: 4 bits of exponent, 3 of fraction), and a scale for each
-    row. For GPUs that multiply them; large weights are coarser than in int8, small ones finer.
-
-    (FP8 Formats for Deep Learning, Micikevicius et al. 2022)
-    """
+class ScaledLinear(QuantizedLinear):
+    """A small number for each weight, and a scale for each row: w = scale * number."""
 
     weight: Shaped[Tensor, "out in"]
     scale: Float[Tensor, " out"]
@@ -119,19 +87,42 @@ class Float8Linear(QuantizedLinear):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
 
-    @classmethod
-    def of(cls, weight: Float[Tensor, "out in"]) -> "Float8Linear":
-        wide = weight.detach().float()
-        dtype = torch.float8_e4m3fn
-        scale = wide.abs().amax(-1).clamp_min(1e-30) / torch.finfo(dtype).max
-        return cls((wide / scale.unsqueeze(-1)).to(dtype), scale)
-
     @property
     def in_features(self) -> int:
         return self.weight.shape[1]
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         return self.weight.float() * self.scale.unsqueeze(-1)
+
+
+class Int8Linear(ScaledLinear):
+    """A signed byte for each weight, and a scale for each row: w = scale * integer.
+
+    Symmetric, so that no product needs a correction for a zero point.
+    """
+
+    weight: Int8[Tensor, "out in"]
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "out in"]) -> "Int8Linear":
+        wide = weight.detach().float()
+        scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return cls((wide / scale.unsqueeze(-1)).round().to(torch.int8), scale)
+
+
+class Float8Linear(ScaledLinear):
+    """A small float for each weight (e4m3: 4 bits of exponent, 3 of fraction), and a scale for each
+    row. For GPUs that multiply them; large weights are coarser than in int8, small ones finer.
+
+    (FP8 Formats for Deep Learning, Micikevicius et al. 2022)
+    """
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "out in"]) -> "Float8Linear":
+        wide = weight.detach().float()
+        dtype = torch.float8_e4m3fn
+        scale = wide.abs().amax(-1).clamp_min(1e-30) / torch.finfo(dtype).max
+        return cls((wide / scale.unsqueeze(-1)).to(dtype), scale)
 
 
 class Int4Linear(QuantizedLinear):

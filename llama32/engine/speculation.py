@@ -74,9 +74,9 @@ class Speculator:
         """The step that was just planned, with rows for drafts."""
         asked: dict[Request, int] = {}
         for request, _, stop in step.decode:
-            wanted = int(self._wanted.get(request, self._num_tokens))
             if request.guide is not None:  # it has not been where a draft would take it
                 continue
+            wanted = int(self._wanted.get(request, self._num_tokens))
             if stop == request.length and (room := scheduler.reserve(request, wanted)):
                 asked[request] = room
         for request, drafts in self._drafter.propose(asked).items():
