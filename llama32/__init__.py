@@ -25,8 +25,9 @@ from llama32.loading import load, load_model
 from llama32.model import Llama
 from llama32.saving import save
 from llama32.settings import Grammar, Sampling
-from llama32.stream import Result, Stream
+from llama32.stream import Stream
 from llama32.tokenizer import Tokenizer
+from llama32.transcript import Result
 
 __all__ = [
     "LLM",

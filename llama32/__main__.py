@@ -28,8 +28,8 @@ from llama32.bench.run import measure
 from llama32.dialog import Dialog, converse, piped_turns
 from llama32.info import describe, tables
 from llama32.options import Output, RopeFactor, Source, options, print_json, sampling_changes
-from llama32.stream import Result
 from llama32.terminal import complain, note, out, read_text, warn
+from llama32.transcript import Result
 
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
 

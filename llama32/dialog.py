@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from llama32.llm import LLM
-from llama32.stream import Result
 from llama32.terminal import complain, decode, note, out
+from llama32.transcript import Result
 
 HELP = """\
 /reset   forget the dialog and start a new one

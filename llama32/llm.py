@@ -10,17 +10,42 @@ from typing import Any, overload
 from llama32.chat import Chat
 from llama32.config import LlamaConfig
 from llama32.engine.engine import Engine
+from llama32.engine.request import Request
 from llama32.engine.settings import EngineSettings
 from llama32.guides import Guide, Guides
 from llama32.model import Llama
 from llama32.progress import watch
 from llama32.sampling import derive_seed
 from llama32.settings import Grammar, Sampling
-from llama32.stream import Result, Stream
+from llama32.stream import Stream
 from llama32.tokenizer import Tokenizer
 from llama32.tools import Tools
+from llama32.transcript import Result
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that can be added to an engine, and what is to be made of it."""
+
+    ids: list[int]
+    sampling: Sampling
+    eos_ids: frozenset[int]
+    guide: Guide | None
+    chat: Chat | None  # whose message the output is, if it is one
+
+    def add(
+        self, engine: Engine, on_prefill: Callable[[int, int], object] | None = None
+    ) -> Request:
+        """Queue it. ValueError where it could never run."""
+        return engine.add(
+            self.ids,
+            self.sampling,
+            eos_ids=self.eos_ids,
+            guide=self.guide,
+            on_prefill=on_prefill,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,8 @@ class LLM:
         **changes: Any,
     ) -> Stream:
         """The same, piece by piece. A piece never ends inside a character."""
-        return self._start(self._ids(prompt), self._sampling(sampling, changes), on_prefill)
+        ids = self.encode(prompt)
+        return self._start(self.prepare(ids, self._sampling(sampling, changes)), on_prefill)
 
     def chat(
         self,
@@ -187,7 +213,8 @@ class LLM:
         """The answer, piece by piece."""
         chat = self.require_chat()
         ids = chat.encode(messages, tools=Tools(tools or ()).schemas, date=date)
-        return self._start(ids, self._sampling(sampling, changes), on_prefill, chat)
+        prepared = self.prepare(ids, self._sampling(sampling, changes), chat)
+        return self._start(prepared, on_prefill)
 
     def require_chat(self) -> Chat:
         """The chat format; ValueError where there is none."""
@@ -198,7 +225,8 @@ class LLM:
             )
         return self.chat_format
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a text that is to be continued; ids stay as they are."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -210,20 +238,21 @@ class LLM:
     def _sampling(self, sampling: Sampling | None, changes: Mapping[str, Any]) -> Sampling:
         return dataclasses.replace(sampling or self.defaults, **changes)
 
-    def _start(
-        self,
-        ids: list[int],
-        sampling: Sampling,
-        on_prefill: Callable[[int, int], None] | None = None,
-        chat: Chat | None = None,
-    ) -> Stream:
+    def prepare(self, ids: list[int], sampling: Sampling, chat: Chat | None = None) -> Prepared:
+        """All that an engine has to know of a prompt. ValueError where it asks for what cannot
+        be."""
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: this checkpoint has no tokenizer; use stop_ids")
-        eos_ids = {*self.eos_ids, *(chat.stop_ids if chat else ())}
-        guide = self._guide(sampling.grammar, frozenset({*eos_ids, *sampling.stop_ids}))
+        eos_ids = frozenset({*self.eos_ids, *(chat.stop_ids if chat else ())})
+        guide = self._guide(sampling.grammar, eos_ids.union(sampling.stop_ids))
+        return Prepared(ids, sampling, eos_ids, guide, chat)
+
+    def _start(
+        self, prepared: Prepared, on_prefill: Callable[[int, int], None] | None = None
+    ) -> Stream:
         engine = self.engine
-        request = engine.add(ids, sampling, eos_ids=eos_ids, guide=guide, on_prefill=on_prefill)
-        return Stream(engine, request, self.tokenizer, chat)
+        request = prepared.add(engine, on_prefill)
+        return Stream(engine, request, self.tokenizer, prepared.chat)
 
     def _guide(self, grammar: Grammar | None, eos_ids: frozenset[int]) -> Guide | None:
         """Through the grammar of one request."""
@@ -242,7 +271,7 @@ class LLM:
             streams: list[Stream] = []
             for prompt, sampling in asked:
                 try:
-                    streams.append(self._start(self._ids(prompt), sampling))
+                    streams.append(self._start(self.prepare(self.encode(prompt), sampling)))
                 except ValueError as error:
                     error.add_note(f"This is prompt {len(streams)} of the list, counted from 0.")
                     raise

@@ -20,8 +20,9 @@ from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM
 from llama32.loading import load
 from llama32.settings import Sampling
-from llama32.stream import Result, Stream
+from llama32.stream import Stream
 from llama32.terminal import BYTES, SHAPES, bar, listen, note, speed, write
+from llama32.transcript import Result
 
 Command = Callable[..., None]
 

@@ -23,7 +23,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama32.stream import Result, Stream
+from llama32.stream import Stream
+from llama32.transcript import Result
 
 BYTES = DownloadColumn(), TransferSpeedColumn()
 SHAPES = MofNCompleteColumn(), TextColumn("shapes")

@@ -14,9 +14,9 @@ from llama32.loading import assemble, eos_ids, has_chat_template, load
 from llama32.sampling import derive_seed
 from llama32.saving import save
 from llama32.settings import Sampling
-from llama32.stream import Result, Usage
 from llama32.tokenizer import Tokenizer
 from llama32.tools import Tools
+from llama32.transcript import Result, Usage
 from tests.alphabet import ALPHABET, alphabet_checkpoint
 from tests.checkpoints import edit_json, random_model, tiny_config
 

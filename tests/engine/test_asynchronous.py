@@ -2,10 +2,11 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 import pytest
 
-from llama32.engine.asynchronous import AsyncEngine, Listener
+from llama32.engine.asynchronous import AsyncEngine, Listener, wake
 from llama32.engine.request import Request
 from llama32.engine.scheduler import Step
 from llama32.generate import Token
@@ -223,7 +224,7 @@ def test_nobody_is_woken_in_a_loop_that_is_closed():
     async def listen_no_more() -> Listener:
         return Listener()
 
-    asyncio.run(listen_no_more()).wake()
+    wake([asyncio.run(listen_no_more())])
 
 
 def test_the_event_loop_turns_during_every_step():
@@ -537,5 +538,67 @@ def test_an_idle_engine_does_not_step():
             await until_idle(engine)
             await asyncio.sleep(0.05)
             assert runner.num_steps <= 8 + 2
+
+    run(main())
+
+
+def test_one_listener_hears_of_several_requests_and_may_end_one_of_them():
+    async def main() -> None:
+        async with opened() as (engine, _):
+            adds = [partial(engine.engine.add, [i], LONG) for i in range(3)]
+            with engine.listen(*adds) as listener:
+                requests = await listener.added()
+                while len(requests[1].tokens) < 5:
+                    await listener.change()
+                engine.abort(requests[1])
+                while not all(request.finish_reason for request in requests):
+                    await listener.change()
+            assert [r.finish_reason for r in requests] == ["length", "abort", "length"]
+            assert requests[2].output == answer([2], 400)
+            assert len(requests[1].output) < 400
+            await until_idle(engine)
+
+    run(main())
+
+
+def test_if_one_of_several_cannot_be_added_none_runs_on():
+    async def main() -> None:
+        async with opened() as (engine, _):
+            adds = [partial(engine.engine.add, prompt, LONG) for prompt in ([1], [])]
+            with engine.listen(*adds) as listener, pytest.raises(ValueError, match="empty"):
+                await listener.added()
+            await until_idle(engine)
+
+    run(main())
+
+
+def test_all_can_be_ended_with_an_error_of_ones_own():
+    async def main() -> None:
+        async with opened(max_running=2) as (engine, runner):
+            gate = Gate(lambda request: len(request.output) == 5)
+            streams = [ids(engine, [i], LONG) for i in range(4)]
+            tasks = await begin_all(engine, runner, streams, gate)
+            await gate.reached()
+            error = TimeoutError("enough")
+            engine.fail(error)
+            await gate.open()
+            given = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(one is error for one in given)
+            assert engine.error is None  # it was not the model's
+            await until_idle(engine)
+
+    run(main())
+
+
+def test_the_models_error_is_known_until_a_step_goes_well():
+    async def main() -> None:
+        async with opened() as (engine, runner):
+            error = RuntimeError("out of memory")
+            runner.errors.append(error)
+            with pytest.raises(RuntimeError):
+                await ids(engine, [3])
+            assert engine.error is error
+            assert await ids(engine, [3]) == answer([3], 8)
+            assert engine.error is None
 
     run(main())
