@@ -1,4 +1,4 @@
-"""The command line: `llama32 generate | chat | info | bench | download`.
+"""The command line: `llama32 generate | chat | serve | info | bench | download`.
 
 What the library finds wrong with a request becomes one line and exit status 2. Any other exception
 is a bug and shows its traceback.
@@ -26,9 +26,19 @@ from llama32.bench.plan import Form, PeerName, Plan, plan_for
 from llama32.bench.report import facts, footnote, rich_tables
 from llama32.bench.run import measure
 from llama32.dialog import Dialog, converse, piped_turns
+from llama32.engine.settings import EngineSettings
 from llama32.info import describe, tables
-from llama32.options import Output, RopeFactor, Source, options, print_json, sampling_changes
-from llama32.terminal import complain, note, out, read_text, warn
+from llama32.options import (
+    Output,
+    RopeFactor,
+    Source,
+    engine_settings,
+    options,
+    print_json,
+    sampling_changes,
+)
+from llama32.serve.settings import ServeSettings
+from llama32.terminal import complain, note, out, read_text, show_log, warn
 from llama32.transcript import Result
 
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
@@ -145,6 +155,23 @@ def chat(
         return
     for turn in piped_turns() if one is None else [one]:
         exit_if_interrupted(dialog.answer(turn))
+
+
+@app.command()
+@options(source=Source, settings=ServeSettings, engine=engine_settings)
+def serve(source: Source, settings: ServeSettings, engine: EngineSettings) -> None:
+    """Answer OpenAI's clients, and show what goes on inside at the address it tells.
+
+    Ctrl-C ends it once what runs has come to its end; a second one at once.
+    """
+    try:
+        from llama32.serve.app import create_app
+        from llama32.serve.server import run
+    except ImportError as error:
+        raise ValueError(f'{error}; pip install "llama32[serve]"') from None
+    show_log()
+    app = create_app(source.load(engine=engine, bars=True), settings, source.model)
+    run(app, settings, lambda url: note(f"{source.model}: {url}/v1 for clients, {url}/ to look"))
 
 
 def read_tools(file: Path) -> list[Any]:

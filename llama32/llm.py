@@ -225,15 +225,20 @@ class LLM:
             )
         return self.chat_format
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+        return self.tokenizer
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a text that is to be continued; ids stay as they are."""
         if not isinstance(prompt, str):
             return list(prompt)
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+        tokenizer = self.require_tokenizer()
         if not prompt:
             raise ValueError("prompt: it is empty; give at least one word")
-        return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
+        return tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
 
     def _sampling(self, sampling: Sampling | None, changes: Mapping[str, Any]) -> Sampling:
         return dataclasses.replace(sampling or self.defaults, **changes)

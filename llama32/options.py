@@ -7,7 +7,7 @@ the command, so that none of them is written twice.
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial, wraps
 from typing import Annotated, Any
@@ -49,6 +49,7 @@ def options(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
 
 
 about_model = partial(Option, rich_help_panel="Model")
+about_engine = partial(Option, rich_help_panel="Engine")
 about_sampling = partial(Option, rich_help_panel="Sampling (where not given, as the model says)")
 
 
@@ -97,7 +98,13 @@ class Source:
         bool, about_model("--compile", help="Run through torch.compile, once it has compiled.")
     ] = False
 
-    def load(self, chat_style: str | None = None, *, bars: bool) -> LLM:
+    def load(
+        self,
+        chat_style: str | None = None,
+        *,
+        engine: EngineSettings | None = None,
+        bars: bool,
+    ) -> LLM:
         """Load it, with a progress bar; a download brings its own."""
         try:
             torch.ones(1, device=self.device).item()
@@ -115,12 +122,27 @@ class Source:
                 optimize=self.optimize,
                 chat_style=chat_style,
                 on_progress=on_progress,
-                engine=EngineSettings(compiled=self.compile),
+                engine=replace(engine or EngineSettings(), compiled=self.compile),
             )
         if self.compile:
             with bar("compiling", SHAPES, bars) as on_progress:
                 llm.warm_up(on_progress)
         return llm
+
+
+def engine_settings(
+    max_running: Annotated[
+        int, about_engine(min=1, help="Requests that run at once; more wait.")
+    ] = EngineSettings.max_running,
+    cache_tokens: Annotated[
+        int | None, about_engine(min=1, help="Size of the KV cache; by default what memory allows.")
+    ] = None,
+    cache_dtype: Annotated[
+        str | None, about_engine(help="int8 halves the memory of the cache, and rounds it.")
+    ] = None,
+) -> EngineSettings:
+    """Those of the settings that a server needs."""
+    return EngineSettings(**locals())
 
 
 def sampling_changes(

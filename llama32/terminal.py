@@ -3,11 +3,13 @@
 Only text goes to stdout. All the rest goes to stderr, and bars only where that is a terminal.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from time import perf_counter
 
 import typer
@@ -58,6 +60,21 @@ def complain(error: BaseException, advice: str = "") -> None:
 def warn(message: object, *_: object, **__: object) -> None:
     """A warning without the place in the code that it came from. (`warnings.showwarning`)"""
     note(f"warning: {message}", style="yellow")
+
+
+class Notes(logging.Handler):
+    """A log whose lines are notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One of them."""
+        style = "red" if record.levelno >= logging.WARNING else "dim"
+        note(f"{formatdate(record.created, localtime=True)[17:25]} {self.format(record)}", style)
+
+
+def show_log() -> None:
+    """Show what is logged of the program's own work, and the faults of all else."""
+    logging.basicConfig(level=logging.WARNING, handlers=[Notes()], format="%(message)s")
+    logging.getLogger("llama32").setLevel(logging.INFO)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from llama32.engine.runner import Runner
 from llama32.engine.scheduler import Scheduler, Step
 from llama32.engine.settings import EngineSettings
 from llama32.engine.speculation import Speculator, in_turns
-from llama32.engine.stats import Stats
+from llama32.engine.stats import COUNTED, Stats, View
 from llama32.generate import Token, check_prompt
 from llama32.model import Llama
 from llama32.settings import Sampling
@@ -65,7 +65,7 @@ class Engine:
         self._runner: Runs | None = runner
         self._fingerprint = runner.fingerprint()
         self._lock = RLock()
-        self._counts = Counter()
+        self._counts = Counter(dict.fromkeys(COUNTED, 0))
         self._speculator: Speculator | None = None
         if settings.speculation is not None:
             size, tokens = runner.page_size, runner.page_size * runner.num_pages
@@ -214,12 +214,7 @@ class Engine:
         with self._lock:
             pages = self.scheduler.pages
             return Stats(
-                steps=self._counts["steps"],
-                prompt_computed=self._counts["prompt_computed"],
-                prompt_cached=self._counts["prompt_cached"],
-                generated=self._counts["generated"],
-                drafted=self._counts["drafted"],
-                accepted=self._counts["accepted"],
+                **self._counts,
                 preemptions=self.scheduler.num_preemptions,
                 running=len(self.scheduler.running),
                 waiting=len(self.scheduler.waiting),
@@ -227,6 +222,11 @@ class Engine:
                 pages_idle=pages.num_available - pages.num_free,
                 pages=len(pages.references),
             )
+
+    def view(self) -> View:
+        """The pages of the cache, as they are now."""
+        with self._lock:
+            return self.scheduler.view()
 
     def _open(self) -> Runs:
         if self._runner is None:

@@ -28,6 +28,11 @@ class Pages:
         """Pages that cannot."""
         return len(self.references) - self.num_available
 
+    @property
+    def idle(self) -> list[int]:
+        """Those that are remembered and held by nobody, in their order in the cache."""
+        return sorted(self._idle)
+
     def is_idle(self, page: int) -> bool:
         """Whether its content is remembered and nobody holds it."""
         return page in self._idle

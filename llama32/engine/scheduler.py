@@ -17,6 +17,7 @@ from typing import NamedTuple
 from llama32.engine.pages import Pages
 from llama32.engine.prefix import Prefixes, page_keys
 from llama32.engine.request import Request
+from llama32.engine.stats import View
 
 BLOCK = 64  # prompts are cut at multiples of this, as their attention is (`paged.QUERY_BLOCK`)
 
@@ -151,6 +152,16 @@ class Scheduler:
         self._pending.clear()
         for request in self.running:
             request.keys = ()  # a page it has begun would be of both models
+
+    def view(self) -> View:
+        """Who holds which pages."""
+        return View(
+            num_pages=len(self.pages.references),
+            page_size=self.page_size,
+            idle=self.pages.idle,
+            held=[(request, [*request.pages]) for request in self.running],
+            num_waiting=len(self.waiting),
+        )
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)

@@ -1,6 +1,11 @@
 """What an engine tells of itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from llama32.engine.request import Request
+
+COUNTED = "steps", "prompt_computed", "prompt_cached", "generated", "drafted", "accepted"
 
 
 @dataclass(frozen=True)
@@ -29,3 +34,14 @@ class Stats:
     def acceptance_rate(self) -> float:
         """The share of drafts that were right."""
         return self.accepted / max(self.drafted, 1)
+
+
+@dataclass(frozen=True)
+class View:
+    """Who holds which pages of the cache, between two steps."""
+
+    num_pages: int
+    page_size: int
+    idle: Sequence[int]  # remembered, and free to be taken
+    held: Sequence[tuple[Request, Sequence[int]]]  # by those that run, oldest first
+    num_waiting: int

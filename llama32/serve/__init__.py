@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over one model: `llama32 serve`."""

@@ -1,0 +1,202 @@
+"""What a client asks, as what the engine is asked: ids, settings, a grammar."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from llama32.chat import Chat
+from llama32.llm import LLM, Prepared
+from llama32.sampling import derive_seed
+from llama32.serve.errors import ApiError
+from llama32.serve.schemas import (
+    Asked,
+    ChatBody,
+    CompletionBody,
+    Message,
+    NamedTool,
+    Schema,
+    StructuredOutputs,
+    TemplateSettings,
+    ToolSchema,
+)
+from llama32.settings import Grammar, Sampling
+
+# What `Sampling` calls by the same name.
+ALIKE = (
+    "temperature top_k top_p min_p seed stop ignore_eos logit_bias "
+    "presence_penalty frequency_penalty repetition_penalty"
+).split()
+
+
+def prepare_chat(llm: LLM, body: ChatBody, capacity: int) -> list[Prepared]:
+    """One for each answer that is wanted. No request may have more tokens than `capacity`."""
+    chat = llm.require_chat()
+    tools = None if body.tool_choice == "none" else body.tools
+    ids = dialog_ids(chat, body.messages, tools, body.chat_template_kwargs)
+    sampling = settings(
+        llm,
+        body,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens or capacity,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=answer_form(body),
+    )
+    return several(llm, body, ids, sampling, capacity, chat)
+
+
+def prepare_completion(llm: LLM, body: CompletionBody, capacity: int) -> list[Prepared]:
+    """For each prompt, one for each text that is wanted."""
+    sampling = settings(
+        llm,
+        body,
+        max_new_tokens=body.max_tokens or 16,  # OpenAI's default
+        logprobs=body.logprobs,
+        grammar=structured(body.structured_outputs),
+    )
+    prepared: list[Prepared] = []
+    for prompt in body.prompts:
+        prepared += several(llm, body, llm.encode(prompt), sampling, capacity)
+    return prepared
+
+
+def settings(llm: LLM, body: Asked, **more: Any) -> Sampling:
+    """What is not asked for is as the checkpoint says."""
+    asked = {name: getattr(body, name) for name in ALIKE} | {"stop_ids": body.stop_token_ids}
+    given: dict[str, Any] = {k: v for k, v in (asked | more).items() if v is not None}
+    if given.get("top_k", 1) < 1:
+        given["top_k"] = None
+    if given.get("top_p") == 0:
+        given["top_p"] = 2.0**-40  # the likeliest alone
+    try:
+        bias = given.pop("logit_bias", {})
+        given["logit_bias"] = {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise ApiError(400, "logit_bias: its keys are token ids", param="logit_bias") from None
+    return replace(llm.defaults, **given)
+
+
+def several(
+    llm: LLM,
+    body: Asked,
+    ids: list[int],
+    sampling: Sampling,
+    capacity: int,
+    chat: Chat | None = None,
+) -> list[Prepared]:
+    """The same prompt `n` times, each with a seed of its own, and no longer than there is room."""
+    room = capacity - len(ids)
+    if room < 1:
+        raise ApiError(
+            400,
+            f"the prompt has {len(ids)} tokens, and with its answer it may come to {capacity}",
+            code="context_length_exceeded",
+        )
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    prepared = []
+    for i in range(body.n or 1):
+        seed = None if sampling.seed is None else derive_seed(sampling.seed, i)
+        prepared.append(llm.prepare(ids, replace(sampling, seed=seed), chat))
+    return prepared
+
+
+def dialog_ids(
+    chat: Chat,
+    messages: Sequence[Message],
+    tools: Sequence[ToolSchema] | None,
+    template: TemplateSettings | None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The dialog as the chat format writes it."""
+    template = template or TemplateSettings()
+    options = {}
+    if template.tools_in_user_message is not None:
+        options["tools_in_user_message"] = template.tools_in_user_message
+    return chat.encode(
+        one_call_each([message.model_dump(exclude_none=True) for message in messages]),
+        tools=[tool.model_dump(exclude_none=True) for tool in tools or ()],
+        date=template.date_string,
+        add_generation_prompt=add_generation_prompt,
+        **options,
+    )
+
+
+def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The dialog with a message for each call, and its answer behind it: the format has room for
+    one, and OpenAI's has the calls in one message and the answers in a row."""
+    dialog: list[dict[str, Any]] = []
+    answers = {m["tool_call_id"]: m for m in messages if m.get("tool_call_id") is not None}
+    moved: set[str] = set()
+    for message in messages:
+        if message["role"] == "developer":  # a newer name of the same
+            message = {**message, "role": "system"}
+        calls = message.get("tool_calls", ())
+        if message.get("tool_call_id") in moved:
+            continue
+        if len(calls) < 2:
+            dialog.append(message)
+            continue
+        for call in calls:
+            dialog.append({**message, "tool_calls": [call]})
+            if call["id"] in answers:
+                dialog.append(answers[call["id"]])
+                moved.add(call["id"])
+    return dialog
+
+
+def answer_form(body: ChatBody) -> Grammar | None:
+    """What the answer has to look like: a call where one is demanded, or as `response_format`
+    says, or either where the model may choose."""
+    forms: list[Schema] = []
+    if body.response_format and body.response_format.type != "text":
+        wanted = body.response_format.json_schema
+        forms = [(wanted and wanted.schema_) or {"type": "object"}]
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        return Grammar.json(
+            one_of(call_forms([t for t in body.tools or () if t.function.name == name]))
+        )
+    if body.tool_choice == "required":
+        return Grammar.json(one_of(call_forms(body.tools or ())))
+    if forms and body.tool_choice != "none":
+        forms += call_forms(body.tools or ())
+    return Grammar.json(one_of(forms)) if forms else structured(body.structured_outputs)
+
+
+def call_forms(tools: Sequence[ToolSchema]) -> list[Schema]:
+    """What a call of each looks like, as the model was taught to write it."""
+    return [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "parameters": rooted(tool.function.parameters or {"type": "object"}, i),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for i, tool in enumerate(tools)
+    ]
+
+
+def one_of(forms: Sequence[Schema]) -> Schema:
+    """Any of these."""
+    return (
+        forms[0]
+        if len(forms) == 1
+        else {"anyOf": [rooted(f, f"form-{i}") for i, f in enumerate(forms)]}
+    )
+
+
+def rooted(schema: Schema, name: object) -> Schema:
+    """A schema whose references (`#/$defs/...`) still mean itself when it stands in another."""
+    return {"$id": f"urn:llama32:{name}", **schema}
+
+
+def structured(asked: StructuredOutputs | None) -> Grammar | None:
+    """The grammar, if there is to be one."""
+    if asked is None:
+        return None
+    if asked.regex is not None:
+        return Grammar.regex(asked.regex)
+    if asked.choice is not None:
+        return Grammar.choice(asked.choice)
+    return Grammar.json(asked.json_schema or True)

@@ -1,0 +1,62 @@
+"""The server as a process: it listens, tells where, and ends with care."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from socket import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from llama32.serve.settings import ServeSettings
+
+log = logging.getLogger("llama32.serve")
+AFTER_THE_CUT = 10  # seconds for what was cut to say so
+
+
+class Server(uvicorn.Server):
+    """Ends as soon as all running requests have, or `drain` seconds after it was told to: then
+    those that still run end with an error that says so."""
+
+    def __init__(
+        self, app: FastAPI, settings: ServeSettings, on_start: Callable[[str], object]
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http="h11",  # bounds the size of headers
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(settings.drain) + AFTER_THE_CUT,
+            )
+        )
+        self.service = app.state.service
+        self.settings = settings
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Listen, and tell where."""
+        await super().startup(sockets)
+        if self.started:
+            address = self.servers[0].sockets[0].getsockname()
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            self.on_start(f"http://{host}:{address[1]}")
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Take nothing more, and let what runs come to its end."""
+        self.service.is_stopping = True
+        log.info("stopping; %d requests are running", self.service.room.taken)
+        cut = asyncio.get_running_loop().call_later(self.settings.drain, self.service.cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+
+def run(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], object]) -> None:
+    """Until a signal ends it. `on_start` is told the address."""
+    Server(app, settings, on_start).run()
