@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.responses import JSONResponse, Response
 
 INVALID = "invalid_request_error"
+LONGEST = 400  # characters of a message: it may quote what was sent
 
 
 class ApiError(HTTPException):
@@ -27,7 +28,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, headers)
+        shown = message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
+        super().__init__(status, shown, headers)
         self.type = type or (INVALID if status < 500 else "server_error")
         self.param = param
         self.code = code
@@ -65,30 +67,40 @@ def handle_errors(app: FastAPI) -> None:
 
 
 def mistake(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of what pydantic found, without what was given: that may be anything."""
-    first = found[0]
-    param = path(first["loc"][1:])  # behind "body"
+    """The first of what pydantic found, without what was given: that may be anything.
+
+    Where a value is of none of several types, that is the type in which most of it was right.
+    """
+    deepest = max(len(one["loc"]) for one in found if same_value(one, found[0]))
+    nearest = [one for one in found if same_value(one, found[0]) and len(one["loc"]) == deepest]
+    first = nearest[0]
+    param = path(first["loc"])
     if first["type"] == "extra_forbidden":
         param = ascii(first["loc"][-1])[1:-1][:64]
         message = f"Unrecognized request argument supplied: {param}"
-    elif first["loc"] == ("body",):
-        message = "send a JSON object, and with it the header Content-Type: application/json"
-    elif len({path(one["loc"][1:]) for one in found}) == 1 < len(found):  # none of several types
-        message = "; or ".join(dict.fromkeys(one["msg"] for one in found))
-    else:
+    elif first["type"] == "value_error":  # of our own, which says what it is about
         message = first["msg"].removeprefix("Value error, ")
-    known = f"{param}: " if param and param not in message else ""
-    return ApiError(400, f"{known}{message}", param=param)
+    elif param is None:
+        message = "send a JSON object, and with it the header Content-Type: application/json"
+    else:
+        message = f"{param}: " + "; or ".join(dict.fromkeys(one["msg"] for one in nearest))
+    return ApiError(400, message, param=param)
+
+
+def same_value(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two mistakes are in the same parameter."""
+    return one["loc"][:2] == other["loc"][:2]
 
 
 def path(loc: Sequence[int | str]) -> str | None:
     """Where in the body, as in "messages[0].content"; without the types that pydantic tried."""
     parts: list[str] = []
-    for part in loc:
+    for part in loc[1:]:  # behind "body"
         if isinstance(part, int):
             parts.append(f"[{part}]")
-        elif part.isidentifier() and part.islower() and part not in ("str", "int", "bool", "float"):
+        elif part.isidentifier() and part.islower() and part not in TYPES:
             parts.append(f".{part}")
-        else:
-            break
-    return "".join(parts).removeprefix(".").encode("ascii", "replace").decode() or None
+    return "".join(parts).removeprefix(".") or None
+
+
+TYPES = "str", "int", "bool", "float", "list", "dict"

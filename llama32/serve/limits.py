@@ -30,7 +30,8 @@ class JsonRequest(Request):
                 async with asyncio.timeout(BODY_SECONDS):
                     self._body = await self._read()
             except TimeoutError:
-                raise ApiError(408, "the body did not come in time") from None
+                close = {"Connection": "close"}  # or its rest could be waited for, for ever
+                raise ApiError(408, "the body did not come in time", headers=close) from None
         return self._body
 
     async def _read(self) -> bytes:
@@ -57,14 +58,17 @@ class JsonRequest(Request):
             raise ApiError(400, f"the body is not valid JSON: {error}") from None
 
 
-def careful(limit: int) -> type[APIRoute]:
-    """Routes that read bodies so."""
+def careful(
+    limit: int, check: Callable[[Request], object] = lambda request: None
+) -> type[APIRoute]:
+    """Routes that read bodies so, of those whom `check` lets in: it comes before any reading."""
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Any]:
             handle = super().get_route_handler()
 
             async def handle_carefully(request: Request) -> Any:
+                check(request)
                 request = JsonRequest(request.scope, request.receive)
                 request.limit = limit
                 return await handle(request)
@@ -95,9 +99,8 @@ class Room:
         self.places = places
         self.taken = 0
 
-    @contextmanager
-    def take(self, wanted: int) -> Iterator[None]:
-        """Hold so many places. ApiError where they are taken, or could never be free."""
+    def check(self, wanted: int) -> None:
+        """ApiError where so many places are not free now, or could never be."""
         if wanted > self.places:
             raise ApiError(
                 400, f"asks for {wanted} completions, and there is room for {self.places}"
@@ -110,6 +113,11 @@ class Room:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Hold so many places. ApiError where they are not there."""
+        self.check(wanted)
         self.taken += wanted
         try:
             yield

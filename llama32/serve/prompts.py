@@ -161,6 +161,9 @@ def answer_form(body: ChatBody) -> Grammar | None:
     return Grammar.json(one_of(forms)) if forms else structured(body.structured_outputs)
 
 
+NOTHING: Schema = {"type": "object", "additionalProperties": False}
+
+
 def call_forms(tools: Sequence[ToolSchema]) -> list[Schema]:
     """What a call of each looks like, as the model was taught to write it."""
     return [
@@ -168,7 +171,7 @@ def call_forms(tools: Sequence[ToolSchema]) -> list[Schema]:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "parameters": rooted(tool.function.parameters or {"type": "object"}, i),
+                "parameters": rooted(tool.function.parameters or NOTHING, i),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,

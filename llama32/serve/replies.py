@@ -33,6 +33,7 @@ class Reply:
         }
         self._begun: set[int] = set()
         self._told: Counter[int] = Counter()  # tokens of each choice whose logprobs were told
+        self._length: Counter[int] = Counter()  # of their texts, in characters
 
     @property
     def wants_usage(self) -> bool:
@@ -96,7 +97,7 @@ class Reply:
         told = self._told[i]
         tokens = self.visible(transcript)[told:]
         self._told[i] += len(tokens)
-        return self.logprobs(tokens)
+        return self.logprobs(i, tokens)
 
     def visible(self, transcript: Transcript) -> list[Token]:
         """The tokens that are in the text, not those that ended it."""
@@ -138,8 +139,8 @@ class Reply:
         """The whole of one."""
         raise NotImplementedError
 
-    def logprobs(self, tokens: Sequence[Token]) -> Json:
-        """Of some tokens."""
+    def logprobs(self, i: int, tokens: Sequence[Token]) -> Json:
+        """Of some tokens of a choice, which come in their order."""
         raise NotImplementedError
 
 
@@ -189,7 +190,7 @@ class ChatReply(Reply):
             for function in (found[:1] if self.body.parallel_tool_calls is False else found)
         ]
 
-    def logprobs(self, tokens: Sequence[Token]) -> Json:
+    def logprobs(self, i: int, tokens: Sequence[Token]) -> Json:
         return {"content": [self._token(token) for token in tokens], "refusal": None}
 
     def _token(self, token: Token) -> Json:
@@ -231,12 +232,15 @@ class CompletionReply(Reply):
         begins = is_text and ids[:1] == [self.tokenizer.bos_id]
         return self.tokenizer.decode(ids[begins:])
 
-    def logprobs(self, tokens: Sequence[Token]) -> Json:
-        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+    def logprobs(self, i: int, tokens: Sequence[Token]) -> Json:
+        told: Json = {name: [] for name in "tokens token_logprobs top_logprobs text_offset".split()}
         for token in tokens:
             assert token.logprobs is not None
+            text = self.spelled(token.id)[0]
             top = {self.spelled(id)[0]: finite(p) for id, p in token.logprobs.top.items()}
-            told["tokens"].append(self.spelled(token.id)[0])
+            told["tokens"].append(text)
+            told["text_offset"].append(self._length[i])
+            self._length[i] += len(text)
             told["token_logprobs"].append(finite(token.logprobs.chosen))
             told["top_logprobs"].append(top)
         return told

@@ -2,17 +2,35 @@
 
 A parameter that is not listed is refused by name, as OpenAI does. Those under "taken and ignored"
 change nothing there either, for one model on one machine.
+
+What pydantic notes of a mistake takes a thousand times the memory that the mistake takes in a body.
+Hence a list ends at its first one, and of all else there is a bounded number.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-MOST_MESSAGES = 4096
-MOST_PROMPTS = 256
+MOST = 4096  # messages, parts of one, choices
+MOST_PAIRS = 1024
+MOST_VALUES = 20_000  # in the schemas of all tools
 
+
+def small(pairs: Any) -> Any:
+    """A dict with few enough entries to look at each."""
+    if isinstance(pairs, dict) and len(pairs) > MOST_PAIRS:
+        raise PydanticCustomError("too_many", "at most {n} entries are taken", {"n": MOST_PAIRS})
+    return pairs
+
+
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+Some = Annotated[list[T], Field(fail_fast=True, min_length=1, max_length=MOST)]
+Pairs = Annotated[dict[str, T], BeforeValidator(small)]
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+Id = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[Many[Id], Field(min_length=1)]
 Schema = dict[str, Any]
 
 
@@ -20,6 +38,16 @@ class Strict(BaseModel):
     """Nothing is converted (a number in quotes is none), and nothing is overlooked."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:
+        """Of many names that are unknown the first is enough."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in given if name not in known)
+        return {name: given[name] for name in (*known, unknown) if name in given}
 
 
 class StreamOptions(Strict):
@@ -33,8 +61,8 @@ class StructuredOutputs(Strict):
     """The form of an output, one of three. (as vLLM spells it; not OpenAI's)"""
 
     json_schema: Schema | None = Field(None, alias="json")
-    regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    regex: Annotated[Text, Field(max_length=2**16)] | None = None
+    choice: Some[Text] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "StructuredOutputs":
@@ -54,22 +82,22 @@ class Asked(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Text | Annotated[Many[Text], Field(max_length=16)] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Pairs[Annotated[float, Field(ge=-100, le=100)]] | None = None
 
     # Not OpenAI's; named as vLLM does.
     top_k: int | None = Field(None, ge=-1, lt=2**31)  # -1 and 0: all
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    stop_token_ids: Annotated[list[NonNegativeInt], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[Many[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
 
     # Taken and ignored.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Pairs[str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
@@ -102,8 +130,8 @@ class Message(Strict):
     """One turn of a dialog."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Some[TextPart] | None = None
+    tool_calls: Annotated[Many[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     name: str | None = None  # taken and ignored: the model was not taught to tell names apart
 
@@ -128,6 +156,24 @@ class ToolSchema(Strict):
 
     type: Literal["function"]
     function: Function
+
+
+def modest(tools: list[ToolSchema]) -> list[ToolSchema]:
+    """Tools that fit a prompt. It has a line for each value, indented by its depth: what comes as a
+    few MB could be as many GB there."""
+    left: list[Any] = [tool.function.parameters for tool in tools]
+    seen = 0
+    while left and seen <= MOST_VALUES:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+            seen += len(value)
+    if left:
+        raise ValueError(f"tools: their schemas have more than {MOST_VALUES} values in all")
+    return tools
+
+
+Tools = Annotated[Many[ToolSchema], Field(max_length=128), AfterValidator(modest)]
 
 
 class NamedFunction(Strict):
@@ -175,15 +221,15 @@ class TemplateSettings(Strict):
 class ChatBody(Asked):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Some[Message]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[ToolSchema], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     chat_template_kwargs: TemplateSettings | None = None
 
     @model_validator(mode="after")
@@ -195,7 +241,8 @@ class ChatBody(Asked):
             raise ValueError("tool_choice needs tools")
         names = [tool.function.name for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+            name = self.tool_choice.function.name
+            raise ValueError(f"tool_choice: there is no tool {name!r:.60}")
         if len({*names}) < len(names):
             raise ValueError("tools: two of them have the same name")
         if self.structured_outputs and (forced or self.response_format):
@@ -209,8 +256,8 @@ class CompletionBody(Asked):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Some[str], Field(max_length=256)]
+        | Annotated[Some[TokenIds], Field(max_length=256)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -234,8 +281,8 @@ class TokenizeBody(Strict):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool = True
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    tools: Annotated[list[ToolSchema], Field(max_length=128)] | None = None
+    messages: Some[Message] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateSettings | None = None
 
@@ -250,4 +297,4 @@ class DetokenizeBody(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[NonNegativeInt]
+    tokens: Many[Id]
