@@ -18,6 +18,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """Takes the next piece and returns what is safe to show; after a hit, nothing more."""
+        if not self._stops:
+            return text
         if self.hit is not None:
             return ""
         self._held += text

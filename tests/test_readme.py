@@ -2,14 +2,21 @@
 
 import re
 import shlex
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from llama32.__main__ import app
+from llama32.loading import load
+from tests.serving import Served, serving
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+ADDRESS = "http://127.0.0.1:8000"
 
 
 def blocks(language: str) -> list[str]:
@@ -20,7 +27,8 @@ def test_its_python_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves a model
     names: dict = {}
     for block in blocks("python"):
-        exec(compile(block, str(README), "exec"), names)
+        if ADDRESS not in block:
+            exec(compile(block, str(README), "exec"), names)
     assert names["logits"].shape == (1, names["tokens"].shape[1], names["model"].config.vocab_size)
     assert "'role': 'assistant'" in capsys.readouterr().out
 
@@ -29,7 +37,7 @@ COMMANDS = [
     line.partition("#")[0]
     for block in blocks("sh")
     for line in block.splitlines()
-    if line.startswith("llama32 ") and "meta-llama" not in line
+    if line.startswith("llama32 ") and "meta-llama" not in line and " serve" not in line
 ]
 
 
@@ -38,6 +46,34 @@ def test_its_commands_run(command):
     result = CliRunner().invoke(app, shlex.split(command)[1:], input="Hi\n")
     assert result.exit_code == 0, result.output
     assert result.output.strip()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """The server of `llama32 serve --model tiny`, at another port: that one may be taken."""
+    assert "llama32 serve --model tiny " in README.read_text("utf-8")
+    with serving(load("tiny")) as server:
+        yield server
+
+
+def test_its_server_answers_its_curl(served):
+    (command,) = [block for block in blocks("sh") if block.startswith("curl ")]
+    command = command.replace(ADDRESS, served.url)
+    told = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    events = [event for event in told.split("\n\n") if event]
+    assert len(events) > 20
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+
+
+def test_its_server_answers_its_client(served, capsys):
+    (block,) = [block for block in blocks("python") if ADDRESS in block]
+    exec(compile(block.replace(ADDRESS, served.url), str(README), "exec"), names := {})
+    told = capsys.readouterr().out
+    assert len(told) > 200
+    assert "name='Throw'" in told
+    assert "mood=" in told
+    names["client"].close()
 
 
 def test_it_leads_through_files_that_exist():
