@@ -936,3 +936,21 @@ def test_prefixes_can_be_forgotten_while_requests_run(steps):
     run_to_the_end(engine)
     check_complete(first, second, same)
     assert engine.scheduler._pending == {}
+
+
+def test_a_view_tells_who_holds_which_pages_and_which_are_remembered():
+    engine, _ = make_engine(max_running=2)
+    first, _, _ = requests = [add(engine, 200, new=90), add(engine, 70), add(engine, 30)]
+    engine.step()
+    seen = engine.view()
+    assert (seen.num_pages, seen.page_size, seen.num_waiting) == (32, 64, 1)
+    assert [request for request, _ in seen.held] == requests[:2]
+    assert [[*pages] for _, pages in seen.held] == [request.pages for request in requests[:2]]
+    assert seen.idle == []
+    run_to_the_end(engine)
+    assert seen.held[0][1]  # a view does not change
+    assert first.pages == []
+    seen = engine.view()
+    assert (seen.held, seen.num_waiting) == ([], 0)
+    assert len(seen.idle) == engine.stats.pages_idle == 4
+    assert seen.idle == sorted(seen.idle)

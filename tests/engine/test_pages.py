@@ -17,7 +17,9 @@ def counts(pages: Pages) -> tuple[int, int, int]:
 
 
 def idle(pages: Pages) -> list[int]:
-    return [page for page in range(len(pages.references)) if pages.is_idle(page)]
+    found = [page for page in range(len(pages.references)) if pages.is_idle(page)]
+    assert found == pages.idle
+    return found
 
 
 def test_pages_that_are_taken_are_held_once():
