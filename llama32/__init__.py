@@ -11,6 +11,7 @@ Shapes are written with the same letters everywhere:
 
 from llama32.adapt.optimize import optimize
 from llama32.adapt.quantize import quantize
+from llama32.adapt.trace import capture, edit
 from llama32.attention import eager, fused, mix, pattern
 from llama32.chat import Chat
 from llama32.checkpoint import inspect
@@ -45,7 +46,9 @@ __all__ = [
     "Sampling",
     "Stream",
     "Tokenizer",
+    "capture",
     "eager",
+    "edit",
     "fused",
     "inspect",
     "load",
