@@ -168,9 +168,17 @@ def listen(model: Llama, place: Place, hear: Callable[[Tensor], object]) -> Any:
     """Be told of a tensor; returns what `remove()` ends it."""
     module = model.get_submodule(place.module)
     if place.what == "output":
-        return module.register_forward_hook(lambda module, given, x: _nothing(hear(x)))
+
+        def after(module: nn.Module, given: Any, x: Tensor) -> None:
+            hear(x)
+
+        return module.register_forward_hook(after)
     if place.what == "input":
-        return module.register_forward_pre_hook(lambda module, given: _nothing(hear(given[0])))
+
+        def before(module: nn.Module, given: Any) -> None:
+            hear(given[0])
+
+        return module.register_forward_pre_hook(before)
 
     def also(module: nn.Module, given: Any) -> Any:
         x, by, attend = given
@@ -181,19 +189,21 @@ def listen(model: Llama, place: Place, hear: Callable[[Tensor], object]) -> Any:
     return module.register_forward_pre_hook(also)
 
 
-def _nothing(_: object) -> None:
-    """A hook that returns nothing changes nothing."""
-
-
 def put(model: Llama, place: Place, change: Change) -> Any:
     """Change a tensor before anyone else sees it; returns what `remove()` ends it."""
     module = model.get_submodule(place.module)
     if place.what == "output":
-        return module.register_forward_hook(lambda module, given, x: change(x), prepend=True)
+
+        def after(module: nn.Module, given: Any, x: Tensor) -> Tensor:
+            return change(x)
+
+        return module.register_forward_hook(after, prepend=True)
     if place.what == "input":
-        return module.register_forward_pre_hook(
-            lambda module, given: (change(given[0]), *given[1:]), prepend=True
-        )
+
+        def before(module: nn.Module, given: Any) -> Any:
+            return change(given[0]), *given[1:]
+
+        return module.register_forward_pre_hook(before, prepend=True)
 
     def also(module: nn.Module, given: Any) -> Any:
         x, by, attend = given
