@@ -81,6 +81,7 @@ class Answering(Response):
             Transcript(request, self.service.llm.tokenizer, one.chat)
             for one, request in zip(self.prepared, listener.requests, strict=True)
         ]
+        self.service.watch.recognize(self.reply.frame["id"], listener.requests)
         async for changes in self._changes(listener):
             if self.reply.body.stream:
                 chunks = [chunk for change in changes for chunk in self.reply.chunks(*change)]

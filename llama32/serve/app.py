@@ -22,7 +22,6 @@ from llama32.serve.replies import ChatReply, CompletionReply, Reply
 from llama32.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from llama32.serve.service import Service
 from llama32.serve.settings import ServeSettings
-from llama32.serve.watch import Watch
 
 OWN = f"llama32-{version('llama32')}"
 
@@ -79,7 +78,8 @@ def open_routes(service: Service) -> APIRouter:
 
 
 ONLY_ITS_OWN = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-ONLY_ITS_OWN += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+ONLY_ITS_OWN += "connect-src 'self'; img-src data:; "
+ONLY_ITS_OWN += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 def openai_routes(service: Service, route_class: Any) -> APIRouter:
@@ -165,7 +165,6 @@ def token_routes(service: Service, route_class: Any) -> APIRouter:
 def inside_routes(service: Service) -> APIRouter:
     """What goes on inside."""
     router = APIRouter()
-    watch = Watch(service.llm.engine)
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -176,7 +175,7 @@ def inside_routes(service: Service) -> APIRouter:
     @router.get("/cache")
     async def cache() -> Any:
         """The pages of the KV cache and who holds them, as they are now."""
-        return await service.think(watch.look)
+        return await service.think(service.watch.look)
 
     return router
 

@@ -13,6 +13,7 @@ from llama32.serve.errors import ApiError
 from llama32.serve.limits import Room
 from llama32.serve.metrics import Metrics
 from llama32.serve.settings import ServeSettings
+from llama32.serve.watch import Watch
 
 T = TypeVar("T")
 log = logging.getLogger("llama32.serve")
@@ -28,6 +29,7 @@ class Service:
         self.engine = AsyncEngine(llm.engine)
         self.room = Room(llm.engine_settings.max_running + settings.queue)
         self.metrics = Metrics(llm.engine)
+        self.watch = Watch(llm.engine)
         self.is_stopping = False
         self.created = int(time.time())
         scheduler = llm.engine.scheduler

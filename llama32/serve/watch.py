@@ -15,7 +15,12 @@ class Watch:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._numbers: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self._choices: WeakKeyDictionary[Request, tuple[str, int]] = WeakKeyDictionary()
         self._next = count(1)
+
+    def recognize(self, completion: str, requests: Sequence[Request]) -> None:
+        """They are its choices: so its client, which knows it by this id, can tell them, too."""
+        self._choices.update((one, (completion, i)) for i, one in enumerate(requests))
 
     def look(self) -> dict[str, Any]:
         """As JSON has it: `idle` and the `pages` of a request are runs of pages, [first, count].
@@ -28,17 +33,20 @@ class Watch:
             "page_size": view.page_size,
             "idle": runs(view.idle),
             "waiting": view.num_waiting,
-            "running": [
-                {
-                    "number": self._number(request),
-                    "pages": runs(pages),
-                    "prompt": len(request.prompt),
-                    "cached": request.num_cached,
-                    "computed": request.num_computed,
-                    "generated": len(request.output),
-                }
-                for request, pages in view.held
-            ],
+            "running": [self._tell(request, pages) for request, pages in view.held],
+        }
+
+    def _tell(self, request: Request, pages: Sequence[int]) -> dict[str, Any]:
+        completion, choice = self._choices.get(request, (None, None))
+        return {
+            "number": self._number(request),
+            "completion": completion,
+            "choice": choice,
+            "pages": runs(pages),
+            "prompt": len(request.prompt),
+            "cached": request.num_cached,
+            "computed": request.num_computed,
+            "generated": len(request.output),
         }
 
     def _number(self, request: Request) -> int:
