@@ -9,7 +9,17 @@ Shapes are written with the same letters everywhere:
     E  width of the residual stream  F  width of the mlp
 """
 
+from llama32.adapt.lora import (
+    LoRA,
+    add_lora,
+    merge_lora,
+    put_lora,
+    remove_lora,
+    unmerge_lora,
+    using_lora,
+)
 from llama32.adapt.optimize import optimize
+from llama32.adapt.peft import load_lora, save_lora
 from llama32.adapt.quantize import quantize
 from llama32.adapt.trace import capture, edit
 from llama32.attention import eager, fused, mix, pattern
@@ -40,22 +50,31 @@ __all__ = [
     "Grammar",
     "Llama",
     "LlamaConfig",
+    "LoRA",
     "PromptLookup",
     "Result",
     "RopeScaling",
     "Sampling",
     "Stream",
     "Tokenizer",
+    "add_lora",
     "capture",
     "eager",
     "edit",
     "fused",
     "inspect",
     "load",
+    "load_lora",
     "load_model",
+    "merge_lora",
     "mix",
     "optimize",
     "pattern",
+    "put_lora",
     "quantize",
+    "remove_lora",
     "save",
+    "save_lora",
+    "unmerge_lora",
+    "using_lora",
 ]
