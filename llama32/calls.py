@@ -14,7 +14,8 @@ from typing import Any
 import regex
 
 Call = tuple[str, dict[str, Any]]  # of a tool: its name and the arguments
-UNREADABLE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)  # of json and ast
+# Of json and ast; SystemError where two threads parse at once, in CPython 3.11.
+UNREADABLE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, SystemError)
 
 
 # What a message of calls begins with, matched in part while it is being written.

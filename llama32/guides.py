@@ -12,7 +12,8 @@ from typing import Any
 from llama32.settings import Grammar
 from llama32.tokenizer import Tokenizer
 
-MOST_KEPT = 64  # grammars that stay compiled
+MOST_KEPT = 32  # grammars that stay compiled
+FUEL = 400_000  # of llguidance's 1,000,000, with which one token could hold up all for seconds
 
 
 class Guide:
@@ -28,7 +29,7 @@ class Guide:
     def push(self, id: int) -> None:
         """This one is."""
         if not self._matcher.consume_token(id):
-            raise ValueError(f"the grammar does not go on: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar does not go on: {self._matcher.get_error():.300}")
 
     @property
     def is_finished(self) -> bool:
@@ -54,11 +55,12 @@ class Guides:
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
         # Here, since most who load a model never need it.
-        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
         vocabulary = TokenizerWrapper(Vocabulary(tokenizer, eos_ids))
         tokens = LLTokenizer(vocabulary, eos_token=sorted(eos_ids))
-        self._make = partial(LLMatcher, tokens, log_level=0)
+        limits = LLParserLimits(initial_lexer_fuel=FUEL, verbose_errors=False)
+        self._make = partial(LLMatcher, tokens, log_level=0, limits=limits)
         self._compiled: dict[Grammar, Any] = {}
 
     def guide(self, grammar: Grammar) -> Guide:

@@ -266,7 +266,9 @@ class LLM:
         if self.tokenizer is None or not eos_ids:
             raise ValueError("grammar: needs a tokenizer, and an id that ends a text (`stop_ids`)")
         with self._lock:
-            if eos_ids not in self._guides:  # to make one takes a second for 128,256 tokens
+            if eos_ids not in self._guides:  # of 128,256 tokens it takes a second, and 50 MB
+                while len(self._guides) >= 4:
+                    del self._guides[next(iter(self._guides))]
                 self._guides[eos_ids] = Guides(self.tokenizer, eos_ids)
             return self._guides[eos_ids].guide(grammar)
 

@@ -288,7 +288,7 @@ class Engine:
             self._speculator.release(request)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        self.scheduler.finish(request)
+        self.scheduler.finish(request, distrust=isinstance(error, FloatingPointError))
         request.finish_reason, request.error = reason, error
 
     def _call(self, request: Request, callback: Callable[..., object], *told: object) -> None:

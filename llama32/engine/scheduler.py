@@ -91,12 +91,16 @@ class Scheduler:
         request.keys = page_keys(request.prompt[: request.num_prefill], self.page_size)
         self.waiting[request] = None
 
-    def finish(self, request: Request) -> None:
-        """The request is over, whatever it was doing; its pages are free at once."""
+    def finish(self, request: Request, *, distrust: bool = False) -> None:
+        """The request is over, whatever it was doing; its pages are free at once. `distrust` what
+        is in them: nobody else shall begin with it."""
         if request in self.waiting:
             del self.waiting[request]
         elif request in self.running:
             self.running.remove(request)
+            for page in request.pages if distrust else ():
+                if page in self.prefixes:
+                    self.prefixes.forget(page)
             self._give_back(request)
 
     def plan(self) -> Step:

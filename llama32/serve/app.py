@@ -8,7 +8,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llama32.llm import LLM
 from llama32.serve.answering import Answering
 from llama32.serve.errors import ApiError, handle_errors
-from llama32.serve.limits import careful, check_key
+from llama32.serve.limits import careful
 from llama32.serve.prompts import dialog_ids, prepare_chat, prepare_completion
 from llama32.serve.replies import ChatReply, CompletionReply, Reply
 from llama32.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -43,11 +43,10 @@ def create_app(llm: LLM, settings: ServeSettings | None = None, name: str = "lla
     app.state.service = service
     handle_errors(app)
     app.include_router(open_routes(service))
-    guard = [Depends(partial(check_key, settings.api_key))] if settings.api_key else []
-    route_class = careful(settings.max_body)
-    app.include_router(openai_routes(service, route_class), dependencies=guard)
-    app.include_router(token_routes(service, route_class), dependencies=guard)
-    app.include_router(inside_routes(service), dependencies=guard)
+    route_class = careful(settings.max_body, settings.api_key)
+    app.include_router(openai_routes(service, route_class))
+    app.include_router(token_routes(service, route_class))
+    app.include_router(inside_routes(service, route_class))
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -102,6 +101,7 @@ def openai_routes(service: Service, route_class: Any) -> APIRouter:
     async def chat(body: ChatBody) -> Response:
         """The next message of a dialog; with `stream`, as server-sent events."""
         service.check_model(body.model)
+        service.room.check(body.n or 1)
         prepared = await service.think(partial(prepare_chat, llm, body, service.capacity))
         if not body.tools or body.tool_choice == "none":  # what looks like a call is a text
             prepared = [replace(one, chat=None) for one in prepared]
@@ -111,6 +111,7 @@ def openai_routes(service: Service, route_class: Any) -> APIRouter:
     async def complete(body: CompletionBody) -> Response:
         """How texts, or token ids, go on; with `stream`, as server-sent events."""
         service.check_model(body.model)
+        service.room.check(len(body.prompts) * (body.n or 1))
         prepared = await service.think(partial(prepare_completion, llm, body, service.capacity))
         return answer(CompletionReply(body, llm.tokenizer, OWN), prepared)
 
@@ -143,7 +144,8 @@ def token_routes(service: Service, route_class: Any) -> APIRouter:
         """The ids of a text, or of a dialog as the chat format writes it."""
         service.check_model(body.model)
         ids = await service.think(partial(to_ids, body))
-        return {"count": len(ids), "max_model_len": service.capacity, "tokens": ids}
+        told = {"count": len(ids), "max_model_len": service.capacity, "tokens": ids}
+        return JSONResponse(told)  # as it is: FastAPI would look at each of a million ids
 
     def to_ids(body: TokenizeBody) -> list[int]:
         if body.messages is not None:
@@ -157,14 +159,14 @@ def token_routes(service: Service, route_class: Any) -> APIRouter:
     async def detokenize(body: DetokenizeBody) -> Any:
         """The text of ids."""
         service.check_model(body.model)
-        return {"prompt": await service.think(partial(llm.require_tokenizer().decode, body.tokens))}
+        return {"prompt": await service.think(lambda: llm.require_tokenizer().decode(body.tokens))}
 
     return router
 
 
-def inside_routes(service: Service) -> APIRouter:
+def inside_routes(service: Service, route_class: Any) -> APIRouter:
     """What goes on inside."""
-    router = APIRouter()
+    router = APIRouter(route_class=route_class)
 
     @router.get("/metrics")
     async def metrics() -> Response:

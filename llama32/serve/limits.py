@@ -58,17 +58,16 @@ class JsonRequest(Request):
             raise ApiError(400, f"the body is not valid JSON: {error}") from None
 
 
-def careful(
-    limit: int, check: Callable[[Request], object] = lambda request: None
-) -> type[APIRoute]:
-    """Routes that read bodies so, of those whom `check` lets in: it comes before any reading."""
+def careful(limit: int, key: str | None = None) -> type[APIRoute]:
+    """Routes that read bodies so; where there is a key, of nobody who does not bring it."""
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Any]:
             handle = super().get_route_handler()
 
             async def handle_carefully(request: Request) -> Any:
-                check(request)
+                if key is not None:
+                    check_key(key, request)
                 request = JsonRequest(request.scope, request.receive)
                 request.limit = limit
                 return await handle(request)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from llama32.chat import Chat
+from llama32.chat import Chat, hub
 from llama32.llm import LLM, Prepared
 from llama32.sampling import derive_seed
 from llama32.serve.errors import ApiError
@@ -109,6 +109,8 @@ def dialog_ids(
     template = template or TemplateSettings()
     options = {}
     if template.tools_in_user_message is not None:
+        if chat.render is not hub:
+            raise ApiError(400, "tools_in_user_message: this model's chat format has no tools")
         options["tools_in_user_message"] = template.tools_in_user_message
     return chat.encode(
         one_call_each([message.model_dump(exclude_none=True) for message in messages]),
@@ -136,7 +138,8 @@ def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         for call in calls:
             dialog.append({**message, "tool_calls": [call]})
-            if call["id"] in answers:
+            message = {**message, "content": None}  # it was said before the first
+            if call["id"] in answers and call["id"] not in moved:
                 dialog.append(answers[call["id"]])
                 moved.add(call["id"])
     return dialog

@@ -183,8 +183,8 @@ class ChatReply(Reply):
                 "id": f"call_{token_hex(12)}",
                 "type": "function",
                 "function": {
-                    "name": function["name"],
-                    "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+                    "name": unbroken(function["name"]),
+                    "arguments": unbroken(json.dumps(function["arguments"], ensure_ascii=False)),
                 },
             }
             for function in (found[:1] if self.body.parallel_tool_calls is False else found)
@@ -244,6 +244,11 @@ class CompletionReply(Reply):
             told["token_logprobs"].append(finite(token.logprobs.chosen))
             told["top_logprobs"].append(top)
         return told
+
+
+def unbroken(text: str) -> str:
+    """Half a character (JSON can write it, UTF-8 cannot) as U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def finite(logprob: float) -> float:

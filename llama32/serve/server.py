@@ -5,13 +5,36 @@ import logging
 from collections.abc import Callable
 from socket import socket
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama32.serve.settings import ServeSettings
 
 log = logging.getLogger("llama32.serve")
 AFTER_THE_CUT = 10  # seconds for what was cut to say so
+PATIENCE = 30.0  # seconds with a client on whom it is to go on, and who does not
+
+
+class Protocol(H11Protocol):
+    """Ends connections on which a request does not come, or an answer is not read: uvicorn would
+    keep them, and an answer that waits in them, as long as the client does."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+        """As asyncio calls it."""
+        super().connection_made(transport)
+        self._watch(None)
+
+    def _watch(self, before: object) -> None:
+        if self not in self.connections:  # it has ended
+            return
+        unread = self.transport.get_write_buffer_size()
+        now = self.cycle, unread
+        if now == before and (unread or self.conn.their_state is h11.IDLE):
+            self.transport.abort()
+        else:
+            self.loop.call_later(PATIENCE, self._watch, now)
 
 
 class Server(uvicorn.Server):
@@ -26,7 +49,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http="h11",  # bounds the size of headers
+                http=Protocol,  # h11 bounds the size of headers
                 ws="none",
                 log_config=None,
                 access_log=False,

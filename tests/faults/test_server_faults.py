@@ -1,0 +1,504 @@
+"""However clients behave, and whatever befalls the model: each request is answered or refused in
+the right shape, nothing is left of it, and the next one is answered as ever."""
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import count
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+
+from llama32.engine.settings import EngineSettings
+from llama32.llm import LLM
+from llama32.loading import load
+from llama32.serve import limits
+from tests.rawhttp import JSON, Wire, ask, checked_error, get, head
+from tests.serving import Served, serving, until
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
+LONG = HELLO | {"max_tokens": 900, "ignore_eos": True}
+STREAM = LONG | {"stream": True}
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return load("tiny", engine=EngineSettings(cache_tokens=8192))
+
+
+@pytest.fixture(scope="module")
+def served(llm) -> Iterator[Served]:
+    with serving(llm) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hello(served) -> str:
+    """What a good request is answered before anything has happened."""
+    return ask(served.port, COMPLETE, HELLO).text
+
+
+@pytest.fixture(autouse=True)
+def unharmed(served, hello) -> Iterator[None]:
+    yield
+    assert_unharmed(served, hello)
+
+
+def assert_unharmed(served: Served, hello: str) -> None:
+    served.assert_idle()
+    headers = JSON | {"Authorization": f"Bearer {served.service.settings.api_key}"}
+    assert ask(served.port, COMPLETE, HELLO, headers).text == hello
+
+
+@contextmanager
+def own_server(
+    llm: LLM, hello: str, max_running: int = 64, cache_tokens: int = 8192, **settings: Any
+) -> Iterator[Served]:
+    """Another one of the same model."""
+    engine = EngineSettings(cache_tokens=cache_tokens, max_running=max_running)
+    with serving(replace(llm, engine_settings=engine), **settings) as server:
+        yield server
+        assert_unharmed(server, hello)
+
+
+@contextmanager
+def wires(served: Served, *bodies: dict[str, Any]) -> Iterator[list[Wire]]:
+    """A connection for each, which has a place when the next one comes."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Wire(served.port)) for _ in bodies]
+        for i, (wire, body) in enumerate(zip(opened, bodies, strict=True)):
+            wire.post(COMPLETE, body)
+            until(lambda places=i + 1: served.service.room.taken == places)
+        yield opened
+
+
+@contextmanager
+def hooked(llm: LLM, act: Callable[[int], object]) -> Iterator[None]:
+    """Before each call of the model, in the engine's thread, `act` is given its number."""
+    calls = count()
+
+    def before(*_: object) -> None:
+        act(next(calls))
+
+    handle = llm.model.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def halted(llm: LLM, after: int = 0) -> Iterator[None]:
+    """Behind so many calls the model stands still, until the end of the block."""
+    end = Event()
+    with hooked(llm, lambda number: number < after or end.wait(30)):
+        try:
+            yield
+        finally:
+            end.set()
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_100_mb_is_refused_and_not_kept(served, chunked):
+    length = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": f"{100 * MB}"}
+    megabyte = b"%x\r\n%s\r\n" % (MB, b" " * MB) if chunked else b" " * MB
+    tracemalloc.start()
+    try:
+        with Wire(served.port) as wire:
+            wire.send(head("POST", CHAT, JSON | length))
+            for _ in range(100):
+                wire.send(megabyte)
+            wire.send(b"0\r\n\r\n" * chunked)
+            answer = wire.answer()
+            assert (answer.status, answer.error["type"]) == (413, "invalid_request_error")
+            assert wire.is_closed()
+        assert tracemalloc.get_traced_memory()[1] < 24 * MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_body_that_does_not_end_is_not_read_for_ever(served, monkeypatch):
+    monkeypatch.setattr(limits, "MOST_DISCARDED", 16 * MB)
+    megabyte = b"%x\r\n%s\r\n" % (MB, b" " * MB)
+    with Wire(served.port) as wire:
+        wire.send(head("POST", CHAT, JSON | {"Transfer-Encoding": "chunked"}))
+        with pytest.raises(ConnectionError):
+            wire.send(megabyte * 100)
+
+
+def test_a_slow_body_is_waited_for_so_long_and_hinders_nobody(served, hello, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 1)
+    with Wire(served.port) as slow, Wire(served.port) as cut, Wire(served.port) as silent:
+        silent.send(b"POST")
+        cut.send(head("POST", CHAT, JSON | {"Content-Length": "100"}) + b'{"model": ')
+        cut.close()
+        slow.send(head("POST", CHAT, JSON | {"Content-Length": "100"}))
+        for letter in b'{"mod':
+            slow.send(bytes([letter]))
+        assert ask(served.port, COMPLETE, HELLO).text == hello
+        answer = slow.answer()
+        assert (answer.status, answer.error["type"]) == (408, "invalid_request_error")
+        slow.socket.settimeout(3)  # at once, and not because nothing comes any more
+        assert slow.is_closed()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,  # TLS
+        b"GET /" + b"a" * 200_000,  # a line without an end
+        b"GET / HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 200_000,
+        b"GET / HTTP/1.1\r\nHost: here\r\n" + b"X: a\r\n" * 50_000,
+        b"GET / HTTP/1.1\r\n\r\n",
+        head("GET", "/\xff", {}),
+        head("POST", CHAT, JSON | {"Content-Length": "-1"}),
+        head("POST", CHAT, JSON | {"Content-Length": "1" * 30}),
+        head("POST", CHAT, JSON | {"Transfer-Encoding": "gzip"}),
+        head("POST", CHAT, JSON | {"Transfer-Encoding": "chunked"}) + b"zz\r\n",
+    ],
+    ids=lambda sent: ascii(sent[-24:]),
+)
+def test_what_is_no_http_is_refused_and_the_connection_ends(served, sent):
+    with Wire(served.port) as wire:
+        try:
+            wire.send(sent)
+            assert wire.answer().status == 400
+        except ConnectionError:
+            return  # it was ended while all that was still being sent
+        assert wire.is_closed()
+
+
+@pytest.mark.parametrize(
+    "path", ["/no", "/v1/models/%00", "/v1/models/../../etc/passwd", "//", "/%ff", CHAT + "/", "*"]
+)
+def test_what_is_not_there_is_not_found_in_the_right_shape(served, path):
+    with Wire(served.port) as wire:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
+            wire.send(head(method, path, {}))
+            answer = wire.answer()
+            assert answer.status in (404, 405, 307)
+            assert answer.status == 307 or answer.error["type"] == "invalid_request_error"
+
+
+def test_a_connection_goes_on_behind_an_error(served, hello):
+    bodies = [b"{", b"[]", json.dumps(HELLO).encode(), b"", json.dumps(HELLO).encode()]
+    with Wire(served.port) as wire:
+        for body in bodies:
+            wire.post(COMPLETE, body)  # all of them before any is answered
+        answers = [wire.answer() for _ in bodies]
+    assert [answer.status for answer in answers] == [400, 400, 200, 400, 200]
+    assert answers[2].text == answers[4].text == hello
+
+
+# Clients
+
+
+def leave_by_close(wire: Wire) -> None:
+    wire.close()
+
+
+def leave_by_reset(wire: Wire) -> None:
+    wire.reset()
+
+
+def leave_by_half(wire: Wire) -> None:
+    """No more is sent; whether an answer would still be read, nobody can know."""
+    wire.socket.shutdown(socket.SHUT_WR)
+    while wire.socket.recv(2**16):
+        pass
+
+
+LEAVES = [leave_by_close, leave_by_reset, leave_by_half]
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_the_first_token_gets_none(served, llm, leave, stream):
+    generated = served.engine.stats.generated
+    with halted(llm), wires(served, LONG | {"stream": stream}) as (wire,):
+        until(lambda: served.engine.is_busy)
+        leave(wire)
+        until(lambda: not served.service.room.taken)
+    served.assert_idle()
+    assert served.engine.stats.generated <= generated + 1
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_in_the_middle_ends_it(served, llm, leave, stream):
+    generated = served.engine.stats.generated
+    with halted(llm, after=10), wires(served, LONG | {"stream": stream}) as (wire,):
+        if stream:
+            _, headers = wire.begin()
+            assert next(wire.pieces(headers)).startswith(b"data: {")
+        until(lambda: any(len(request.output) > 5 for request in served.engine.scheduler.running))
+        leave(wire)
+        until(lambda: not served.service.room.taken)
+    served.assert_idle()
+    assert served.engine.stats.generated < generated + 20
+
+
+def test_who_leaves_the_queue_is_no_longer_in_it(llm, served, hello):
+    with own_server(llm, hello, max_running=1) as server, halted(llm, after=5):
+        bodies = [LONG | {"stream": i % 2 == 0} for i in range(7)]
+        with wires(server, *bodies) as (_, *waiting):
+            for i, wire in enumerate(waiting):
+                LEAVES[i % 3](wire)
+            until(lambda: server.service.room.taken == 1)
+
+
+KILLED = """
+import socket, sys
+wires = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(30)]
+for wire in wires:
+    wire.sendall(sys.argv[2].encode())
+for wire in wires:
+    assert b"200 OK" in wire.recv(100)
+print("all run", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_thirty_streams_of_a_process_that_is_killed_leave_nothing(served):
+    body = json.dumps(STREAM)
+    sent = head("POST", COMPLETE, JSON | {"Content-Length": f"{len(body)}"}).decode() + body
+    command = [sys.executable, "-c", KILLED, f"{served.port}", sent]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout.readline() == "all run\n"
+            assert served.service.room.taken == 30
+        finally:
+            process.kill()
+    served.assert_idle()
+
+
+@contextmanager
+def unread(served: Served) -> Iterator[Wire]:
+    """An answer of which nothing is read, and which is longer than what can be sent unread."""
+    (listening,) = served.server.servers[0].sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with Wire(served.port, buffer=4096) as wire:
+        wire.post(COMPLETE, STREAM | {"max_tokens": 100, "n": 2, "logprobs": 20})
+        yield wire
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_reads_nothing_holds_nobody_up_and_has_no_more_time_than_others(llm, hello, leaves):
+    timeout = 600.0 if leaves else 6.0
+    with own_server(llm, hello, timeout=timeout) as server, unread(server) as wire:
+        until(lambda: server.engine.stats.generated >= 200)
+        assert server.service.room.taken == 2
+        assert ask(server.port, COMPLETE, HELLO).text == hello
+        if leaves:
+            wire.close()
+        server.assert_idle()
+
+
+def test_a_connection_on_which_nothing_is_read_is_ended(llm, hello, monkeypatch):
+    monkeypatch.setattr("llama32.serve.server.PATIENCE", 0.3)
+    with own_server(llm, hello) as server, unread(server):
+        until(lambda: server.engine.stats.generated)
+        until(lambda: not server.server.server_state.connections)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1", head("GET", "/health", {}) + b"GET /"])
+def test_a_connection_on_which_nothing_comes_is_ended(served, monkeypatch, sent):
+    monkeypatch.setattr("llama32.serve.server.PATIENCE", 0.3)
+    with Wire(served.port) as wire:
+        wire.send(sent)
+        assert not sent.endswith(b"GET /") or wire.answer().status == 200
+        wire.socket.settimeout(3)
+        assert wire.is_closed()
+
+
+# Too many, too long
+
+
+def test_more_than_there_is_room_for_are_told_to_come_later(llm, served, hello):
+    bodies = [
+        HELLO | {"prompt": text, "max_tokens": 8, "temperature": 1, "seed": 1, "stream": True}
+        for text in ("Once", "One day", "The cat")
+    ]
+    expected = [ask(served.port, COMPLETE, body).text for body in bodies]
+    with own_server(llm, hello, max_running=2, queue=1) as server, ExitStack() as stack:
+        with halted(llm, after=3):
+            opened = stack.enter_context(wires(server, *bodies))
+            answer = ask(server.port, COMPLETE, HELLO)
+            assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+            assert answer.error["code"] == "rate_limit_exceeded"
+            answer = ask(server.port, COMPLETE, HELLO | {"n": 4})
+            assert (answer.status, "room for 3" in answer.error["message"]) == (400, True)
+            assert get(server.port, "/health").status == 200
+        assert [wire.answer().text for wire in opened] == expected
+
+
+def test_who_comes_when_there_is_no_room_costs_nothing(llm, served, hello, monkeypatch):
+    """Not even the reading of what was asked."""
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    with (
+        own_server(llm, hello, max_running=1, queue=0) as server,
+        halted(llm),
+        wires(server, LONG),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(server.service, "think", None)
+        for path, body in ((COMPLETE, HELLO), (CHAT, chat)):
+            assert ask(server.port, path, body).status == 429
+            assert ask(server.port, path, body | {"n": 2}).status == 400
+
+
+@pytest.mark.parametrize("after", [0, 6])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_too_long_ends_with_an_error(llm, served, hello, after, stream):
+    with own_server(llm, hello, timeout=1.0) as server:
+        with halted(llm, after):
+            answer = ask(server.port, COMPLETE, LONG | {"stream": stream})
+        if stream and after:
+            assert len(answer.events) > 1
+            error = checked_error(answer.events[-1])
+        else:
+            assert answer.status == 504
+            error = answer.error
+        assert "longer than this server allows" in error["message"]
+
+
+# The model
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_when_the_model_fails_all_are_told_and_the_server_says_that_it_is_ill(llm, served, at):
+    def fail(number: int) -> None:
+        if number == 0:
+            until(lambda: served.service.room.taken == 4)
+        if number == at:
+            raise RuntimeError("out of memory")
+
+    with hooked(llm, fail), ExitStack() as stack:
+        opened = [stack.enter_context(Wire(served.port)) for _ in range(4)]
+        for i, wire in enumerate(opened):
+            wire.post(COMPLETE, LONG | {"stream": i > 0})
+        answers = [wire.answer() for wire in opened]
+    assert answers[0].status == 500
+    for answer in answers:
+        error = answer.error if answer.status == 500 else checked_error(answer.events[-1])
+        assert error["type"] == "server_error"
+        assert "out of memory" in error["message"]
+    health = get(served.port, "/health")
+    assert (health.status, health.json["status"]) == (503, "failing")
+    assert "out of memory" in health.json["error"]
+    assert ask(served.port, COMPLETE, HELLO).status == 200
+    assert get(served.port, "/health").json == {"status": "ok"}
+
+
+@contextmanager
+def spoiling(llm: LLM) -> Iterator[set[int]]:
+    """Tokens that are not numbers to the model, as long as they are in this set."""
+    ill = {7}
+
+    def spoil(_: Any, given: Any, embedded: torch.Tensor) -> torch.Tensor:
+        is_ill = torch.isin(given[0], torch.tensor([*ill], dtype=torch.long))
+        return torch.where(is_ill[..., None], torch.nan, embedded)
+
+    handle = llm.model.embed.register_forward_hook(spoil)
+    try:
+        yield ill
+    finally:
+        handle.remove()
+
+
+def test_a_row_that_is_not_finite_fails_alone(llm, served, hello):
+    """And those that come into its pages are none the worse for what was in them."""
+    with own_server(llm, hello, cache_tokens=1024) as server, spoiling(llm):
+        for number in range(3):
+            with wires(server, HELLO) as (good,):
+                spoilt = HELLO | {"prompt": [number, *range(100, 200), 7, 7]}
+                answer = ask(server.port, COMPLETE, spoilt)
+                assert (answer.status, answer.error["type"]) == (500, "server_error")
+                assert good.answer().text == hello
+        assert get(server.port, "/health").status == 200
+        all_pages = {"prompt": [9] * 1010, "max_tokens": 14, "ignore_eos": True}
+        assert ask(server.port, COMPLETE, HELLO | all_pages).status == 200
+
+
+def test_what_was_not_finite_is_no_beginning_of_another_request(llm, served):
+    prompt = [7, *range(100, 250)]
+    with spoiling(llm) as ill:
+        assert ask(served.port, COMPLETE, HELLO | {"prompt": prompt}).status == 500
+        ill.clear()
+        assert ask(served.port, COMPLETE, HELLO | {"prompt": prompt}).status == 200
+
+
+# Who may ask, and what is written down
+
+
+def test_without_the_key_nothing_but_health_and_the_page_is_open(llm, served, hello):
+    with own_server(llm, hello, api_key="sesame") as server:
+        asked = [
+            (method.upper(), path)
+            for path, methods in server.server.config.app.openapi()["paths"].items()
+            for method in methods
+            if path != "/health"
+        ]
+        assert len(asked) >= 8
+        for method, path in asked:
+            for key in ("", "Bearer", "Bearer wrong", "Basic sesame", "Bearer \xff", "sesame"):
+                headers = JSON | {"Authorization": key, "Content-Length": "1"}
+                with Wire(server.port) as wire:
+                    wire.send(head(method, path, headers) + b"{")
+                    answer = wire.answer()
+                assert (answer.status, path) == (401, path)
+                assert answer.error["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        right = {"Authorization": "bearer  sesame"}
+        assert get(server.port, "/v1/models").status == 401
+        assert get(server.port, "/v1/models", right).status == 200
+        assert get(server.port, "/").status == get(server.port, "/health").status == 200
+
+
+def test_nothing_is_read_of_those_who_have_no_key(llm, served, hello):
+    with own_server(llm, hello, api_key="sesame") as server, Wire(server.port) as wire:
+        wire.send(head("POST", CHAT, JSON | {"Content-Length": f"{100 * MB}"}))
+        assert wire.answer().status == 401
+
+
+def test_pages_of_other_sites_are_let_in_by_name_only(llm, served, hello):
+    site, other = {"Origin": "https://good.example"}, {"Origin": "https://evil.example"}
+    preflight = {"Access-Control-Request-Method": "POST"}
+    with own_server(llm, hello, cors_origin=["https://good.example"]) as server:
+        for port, origin, allowed in (
+            (served.port, site, None),
+            (served.port, other, None),
+            (server.port, site, site["Origin"]),
+            (server.port, other, None),
+        ):
+            with Wire(port) as wire:
+                wire.send(head("OPTIONS", CHAT, origin | preflight))
+                answers = [wire.answer(), get(port, "/health", origin), ask(port, CHAT, {}, origin)]
+            for answer in answers:
+                assert answer.headers["access-control-allow-origin"] == allowed
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_the_log_has_texts_in_it_only_where_that_is_wanted(llm, served, hello, caplog, is_wanted):
+    body = HELLO | {"prompt": "The xylophone", "max_tokens": 9}
+    with own_server(llm, hello, log_prompts=is_wanted) as server, caplog.at_level(logging.INFO):
+        answer = ask(server.port, COMPLETE, body).text
+        for wrong in ({"model": "xylophone"}, {"stop": [["xylophone"]]}, {"xylophone": 1}):
+            assert ask(server.port, COMPLETE, body | wrong).error
+    assert "9 generated" in caplog.text
+    assert (answer in caplog.text) == ("xylophone" in caplog.text) == is_wanted
