@@ -21,6 +21,7 @@ class PackedLinear(nn.Module):
     model that is packed can be neither moved nor cast."""
 
     title: ClassVar[str]
+    in_fp32: ClassVar[bool] = False  # whether it computes so whatever comes in
     packed: Any
 
     @classmethod
@@ -86,6 +87,7 @@ class FBGEMMLinear(PackedLinear):
     """
 
     title = "FBGEMM, fp16 weights"
+    in_fp32 = True
 
     @classmethod
     def fits(cls, leaf: Layer) -> bool:
