@@ -134,7 +134,7 @@ def checked(name: str, change: Change) -> Change:
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"edit of {name}: expected a tensor {tuple(x.shape)}, got {got}")
-        return y
+        return y.type_as(x)  # a direction in fp32 may be added to bf16
 
     return apply
 
