@@ -32,7 +32,7 @@ pass an attention of your own. In a name `*` stands for any one part, as in "lay
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -105,8 +105,7 @@ def capture(model: Llama, *names: str) -> Iterator[Seen]:
     seen = Seen([*found])
     with ExitStack() as stack:
         for name, place in found.items():
-            keep = seen.passes[name].append
-            stack.callback(listen(model, place, keep).remove)
+            stack.callback(hook(model, place, kept(seen.passes[name]), first=False).remove)
         yield seen
 
 
@@ -122,8 +121,18 @@ def edit(model: Llama, name: str, change: Change) -> Iterator[None]:
         raise ValueError(f"{unfit[0]} is a sum; edit {unfit[0].removesuffix('mid')}attn instead")
     with ExitStack() as stack:
         for one, place in found.items():
-            stack.callback(put(model, place, checked(one, change)).remove)
+            stack.callback(hook(model, place, checked(one, change), first=True).remove)
         yield
+
+
+def kept(passes: list[Tensor]) -> Change:
+    """No change: x is put down."""
+
+    def apply(x: Tensor) -> Tensor:
+        passes.append(x)
+        return x
+
+    return apply
 
 
 def checked(name: str, change: Change) -> Change:
@@ -141,74 +150,38 @@ def checked(name: str, change: Change) -> Change:
 
 @dataclass
 class Watched:
-    """An attention whose tensors are edited and listened to, by their names."""
+    """An attention whose tensors, by their names, go through functions on their way."""
 
     attend: Attend
-    edits: Mapping[str, Sequence[Change]] = field(default_factory=dict)
-    listeners: Mapping[str, Sequence[Callable[[Tensor], object]]] = field(default_factory=dict)
+    through: Mapping[str, Sequence[Change]]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self._pass("q", q), self._pass("k", k), self._pass("v", v)
         return self._pass("heads", self.attend(q, k, v))
 
     def _pass(self, name: str, x: Tensor) -> Tensor:
-        for change in self.edits.get(name, ()):
+        for change in self.through.get(name, ()):
             x = change(x)
-        for hear in self.listeners.get(name, ()):
-            hear(x)
         return x
 
 
-def watched(attend: Attend) -> Watched:
-    """Itself, if it is so already: then one more edit stands before all that listen."""
-    return attend if isinstance(attend, Watched) else Watched(attend)
-
-
-def listen(model: Llama, place: Place, hear: Callable[[Tensor], object]) -> Any:
-    """Be told of a tensor; returns what `remove()` ends it."""
-    module = model.get_submodule(place.module)
-    if place.what == "output":
-
-        def after(module: nn.Module, given: Any, x: Tensor) -> None:
-            hear(x)
-
-        return module.register_forward_hook(after)
-    if place.what == "input":
-
-        def before(module: nn.Module, given: Any) -> None:
-            hear(given[0])
-
-        return module.register_forward_pre_hook(before)
-
-    def also(module: nn.Module, given: Any) -> Any:
-        x, by, attend = given
-        its = watched(attend)
-        heard = (*its.listeners.get(place.what, ()), hear)
-        return x, by, Watched(its.attend, its.edits, {**its.listeners, place.what: heard})
-
-    return module.register_forward_pre_hook(also)
-
-
-def put(model: Llama, place: Place, change: Change) -> Any:
-    """Change a tensor before anyone else sees it; returns what `remove()` ends it."""
+def hook(model: Llama, place: Place, change: Change, *, first: bool) -> Any:
+    """Let a tensor go through `change`, before all that is hooked there already if it is to be
+    `first`; returns what `remove()` ends it."""
     module = model.get_submodule(place.module)
     if place.what == "output":
 
         def after(module: nn.Module, given: Any, x: Tensor) -> Tensor:
             return change(x)
 
-        return module.register_forward_hook(after, prepend=True)
-    if place.what == "input":
+        return module.register_forward_hook(after, prepend=first)
 
-        def before(module: nn.Module, given: Any) -> Any:
+    def before(module: nn.Module, given: Any) -> Any:
+        if place.what == "input":
             return change(given[0]), *given[1:]
+        x, by, attend = given  # of an attention; the hooks run in their order, and so do changes
+        its = attend if isinstance(attend, Watched) else Watched(attend, {})
+        changes = (*its.through.get(place.what, ()), change)
+        return x, by, Watched(its.attend, {**its.through, place.what: changes})
 
-        return module.register_forward_pre_hook(before, prepend=True)
-
-    def also(module: nn.Module, given: Any) -> Any:
-        x, by, attend = given
-        its = watched(attend)
-        changes = (*its.edits.get(place.what, ()), change)
-        return x, by, Watched(its.attend, {**its.edits, place.what: changes}, its.listeners)
-
-    return module.register_forward_pre_hook(also, prepend=True)
+    return module.register_forward_pre_hook(before, prepend=first)

@@ -71,7 +71,6 @@ class Reply:
                 "index": i,
                 **self.choice(transcript),
                 "logprobs": self.untold(i, transcript),
-                "finish_reason": self.reason(transcript),
             }
             for i, transcript in enumerate(transcripts)
         ]
@@ -119,10 +118,6 @@ class Reply:
         spelling = self.tokenizer.decode_bytes([id])
         return spelling.decode(errors="replace"), [*spelling]
 
-    def reason(self, transcript: Transcript) -> str:
-        """Why a choice ended."""
-        return transcript.reason or "stop"
-
     def opening(self, i: int, transcript: Transcript) -> Iterator[Json]:
         """The chunks before the first text of a choice."""
         raise NotImplementedError
@@ -136,7 +131,7 @@ class Reply:
         raise NotImplementedError
 
     def choice(self, transcript: Transcript) -> Json:
-        """The whole of one."""
+        """The whole of one, and its finish reason."""
         raise NotImplementedError
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> Json:
@@ -162,17 +157,16 @@ class ChatReply(Reply):
             yield self.chunk(i, {"delta": {"tool_calls": numbered}})
         rest = self.untold(i, transcript)
         is_new = rest is not None and rest["content"]
-        reason = "tool_calls" if calls else self.reason(transcript)
+        reason = "tool_calls" if calls else transcript.reason
         yield self.chunk(i, {"delta": {}}, rest if is_new else None, reason)
 
     def choice(self, transcript: Transcript) -> Json:
         calls = self.calls(transcript)
         content = None if calls else transcript.text
         message = {"role": "assistant", "content": content, "refusal": None}
-        return {"message": message | ({"tool_calls": calls} if calls else {})}
-
-    def reason(self, transcript: Transcript) -> str:
-        return "tool_calls" if self.calls(transcript) else super().reason(transcript)
+        if not calls:
+            return {"message": message, "finish_reason": transcript.reason}
+        return {"message": {**message, "tool_calls": calls}, "finish_reason": "tool_calls"}
 
     def calls(self, transcript: Transcript) -> list[Json]:
         """The tool calls, under ids that no other call has."""
@@ -218,10 +212,11 @@ class CompletionReply(Reply):
         return {"text": piece}
 
     def closing(self, i: int, transcript: Transcript) -> Iterator[Json]:
-        yield self.chunk(i, self.text(""), self.untold(i, transcript), self.reason(transcript))
+        yield self.chunk(i, self.text(""), self.untold(i, transcript), transcript.reason)
 
     def choice(self, transcript: Transcript) -> Json:
-        return self.text(self.echo(transcript) + transcript.text)
+        text = self.echo(transcript) + transcript.text
+        return {**self.text(text), "finish_reason": transcript.reason}
 
     def echo(self, transcript: Transcript) -> str:
         """The prompt, where it is to be told."""
