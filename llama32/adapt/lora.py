@@ -13,15 +13,20 @@ An adapter is a value and belongs to no model. Several can be in one model at on
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama32.adapt.quantized import QuantizedLinear
+from llama32.adapt.quantized import linear
+from llama32.adapt.tied import linear_layers
 from llama32.model import Llama
 
+# Of a layer with an adapter in its weight: what stood there before, to be exact when that comes
+# back. In a list, so it is no part of the model, and neither saved nor moved.
+BEFORE = "before_merging"
 LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 
@@ -71,16 +76,6 @@ class LoRALinear(nn.Module):
         return y + self.pair(F.dropout(x, self.dropout, self.training)).type_as(y)
 
 
-class MergedLinear(nn.Linear):
-    """A layer with an adapter in its weight. It keeps what stood there before, to be exact when
-    that comes back; no part of the model, so it is neither saved nor moved."""
-
-    def __init__(self, weight: Float[Tensor, "out in"], before: nn.Module) -> None:
-        super().__init__(1, 1, bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.before = [before]
-
-
 def add_lora(
     model: Llama,
     targets: Sequence[str] = ("q_proj", "v_proj"),
@@ -122,13 +117,13 @@ def put_lora(model: Llama, lora: LoRA) -> None:
         if there != wanted:
             raise ValueError(f"the adapter does not fit: {name} is {wanted} in it, {there} here")
     for name, pair in lora.items():
-        put(model, name, LoRALinear(model.get_submodule(name), pair, lora.dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), pair, lora.dropout))
 
 
 def remove_lora(model: Llama, lora: LoRA) -> None:
     """Let it go on without an adapter: exactly as before."""
     for name, pair in lora.items():
-        put(model, name, without(model.get_submodule(name), pair, name))
+        model.set_submodule(name, without(model.get_submodule(name), pair, name))
 
 
 @contextmanager
@@ -152,36 +147,32 @@ def merge_lora(model: Llama, lora: LoRA) -> None:
             raise ValueError(f"{name} is not in floats: merge into the model it was made of")
         weight = base.weight.detach()
         merged = (weight.float() + pair.change.detach().float()).type_as(weight)
-        layers[name] = MergedLinear(merged, layer)
+        layers[name] = linear(merged)
+        setattr(layers[name], BEFORE, [layer])
     for name, layer in layers.items():
-        put(model, name, layer)
+        model.set_submodule(name, layer)
 
 
 def unmerge_lora(model: Llama, lora: LoRA) -> None:
     """Take back what `merge_lora` did, to the last bit."""
     for name, _ in lora.items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, MergedLinear):
+        if not hasattr(layer, BEFORE):
             raise ValueError(f"{name}: no adapter was merged into it")
-        put(model, name, layer.before[0])
+        model.set_submodule(name, getattr(layer, BEFORE)[0])
 
 
 def linears(model: Llama) -> dict[str, tuple[int, int]]:
-    """The layers that an adapter can stand beside (another may do so already), each with its size.
-    Packed ones are none: add adapters before `optimize`, or leave it."""
-    found = {name: size(module) for name, module in model.named_modules()}
-    inside = {name for name in found if name.rpartition(".")[2] in ("base", "layer")}
-    return {name: its for name, its in found.items() if its is not None and name not in inside}
+    """The layers that an adapter can stand beside (another may do so already), each with its
+    outputs and inputs. Packed ones are none: add adapters before `optimize`, or leave it."""
+    return {
+        name.replace(".base", ""): size(model.get_submodule(name)) for name in linear_layers(model)
+    }
 
 
-def size(layer: nn.Module) -> tuple[int, int] | None:
-    """Outputs and inputs; None for what is no linear layer."""
-    if isinstance(layer, LoRALinear):
-        return size(layer.base)
-    if isinstance(layer, nn.Linear | QuantizedLinear):
-        inputs = layer.in_features if isinstance(layer, QuantizedLinear) else layer.weight.shape[1]
-        return len(layer.weight), inputs
-    return None
+def size(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return len(layer.weight), layer.in_features
 
 
 def holds(layer: nn.Module, pair: Pair) -> bool:
@@ -196,9 +187,3 @@ def without(layer: nn.Module, pair: Pair, name: str) -> nn.Module:
     if layer.pair is pair:
         return layer.base
     return LoRALinear(without(layer.base, pair, name), layer.pair, layer.dropout)
-
-
-def put(model: Llama, name: str, layer: nn.Module) -> None:
-    """In the place of the one of this name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)

@@ -57,7 +57,7 @@ def some_rows(layer: Layer, chosen: slice) -> Layer:
     """The layer that gives some of its outputs; its tensors are views."""
     if isinstance(layer, QuantizedLinear):
         return layer.rows(chosen)
-    return _linear(layer.weight.detach()[chosen])
+    return linear(layer.weight.detach()[chosen])
 
 
 def joined(layers: Sequence[Layer]) -> Layer:
@@ -67,10 +67,11 @@ def joined(layers: Sequence[Layer]) -> Layer:
         return first
     if isinstance(first, QuantizedLinear):
         return type(first)(*map(torch.cat, zip(*(x.buffers() for x in layers), strict=True)))
-    return _linear(torch.cat([layer.weight.detach() for layer in layers]))
+    return linear(torch.cat([layer.weight.detach() for layer in layers]))
 
 
-def _linear(weight: Float[Tensor, "out in"]) -> nn.Linear:
+def linear(weight: Float[Tensor, "out in"]) -> nn.Linear:
+    """A plain layer with this weight."""
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.weight = nn.Parameter(weight)
     return layer

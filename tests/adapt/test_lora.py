@@ -52,6 +52,20 @@ def trained(lora: LoRA, seed: int = 0) -> LoRA:
     return lora
 
 
+def train(model: Llama, lora: LoRA, tokens: torch.Tensor, lr: float) -> list[float]:
+    """A few steps; the losses."""
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=lr)
+    losses = []
+    for _ in range(30):
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
 def test_a_fresh_adapter_is_the_base_to_the_last_bit(model, tokens):
     plain = model(tokens)
     add_lora(model, LINEARS, rank=4)
@@ -63,15 +77,7 @@ def test_only_the_adapter_is_trained(model, tokens):
     assert {p for p in model.parameters() if p.requires_grad} == {*lora.parameters()}
     assert len([*lora.parameters()]) == 2 * 2 * 3
     before = {name: x.clone() for name, x in model.state_dict().items() if "pair" not in name}
-    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.05)
-    losses = []
-    for _ in range(30):
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, lora, tokens, 0.05)
     assert losses[-1] < losses[0] / 2
     after = model.state_dict()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
@@ -126,6 +132,15 @@ def test_a_merged_adapter_is_the_adapted_model_and_is_taken_back_exactly(model, 
     assert torch.equal(model(tokens), plain)
 
 
+def test_a_merged_layer_is_like_any_other(model, tokens):
+    merge_lora(model, trained(add_lora(model, LINEARS, rank=4)))
+    again = add_lora(model, LINEARS, rank=2)
+    remove_lora(model, again)
+    quantize(model, "int8")
+    assert not [name for name, part in model.named_modules() if type(part) is torch.nn.Linear]
+    model(tokens)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_weights_in_few_bits_carry_an_adapter(scheme):
     """QLoRA, Dettmers et al. 2023."""
@@ -134,15 +149,7 @@ def test_weights_in_few_bits_carry_an_adapter(scheme):
     plain = model(tokens)
     lora = add_lora(model, LINEARS, rank=4)
     assert torch.equal(model(tokens), plain)
-    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.02)
-    losses = []
-    for _ in range(30):
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, lora, tokens, 0.02)
     assert losses[-1] < losses[0] / 2
     with pytest.raises(ValueError, match="not in floats"):
         merge_lora(model, lora)
