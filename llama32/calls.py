@@ -14,7 +14,7 @@ from typing import Any
 import regex
 
 Call = tuple[str, dict[str, Any]]  # of a tool: its name and the arguments
-# Of json and ast; SystemError where two threads parse at once, in CPython 3.11.
+# Of json and ast; SystemError was seen once of ast.parse, in CPython 3.11 beside other threads.
 UNREADABLE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, SystemError)
 
 

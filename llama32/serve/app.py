@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -103,8 +102,6 @@ def openai_routes(service: Service, route_class: Any) -> APIRouter:
         service.check_model(body.model)
         service.room.check(body.n or 1)
         prepared = await service.think(partial(prepare_chat, llm, body, service.capacity))
-        if not body.tools or body.tool_choice == "none":  # what looks like a call is a text
-            prepared = [replace(one, chat=None) for one in prepared]
         return answer(ChatReply(body, llm.tokenizer, OWN), prepared)
 
     @router.post("/completions")

@@ -31,8 +31,7 @@ ALIKE = (
 def prepare_chat(llm: LLM, body: ChatBody, capacity: int) -> list[Prepared]:
     """One for each answer that is wanted. No request may have more tokens than `capacity`."""
     chat = llm.require_chat()
-    tools = None if body.tool_choice == "none" else body.tools
-    ids = dialog_ids(chat, body.messages, tools, body.chat_template_kwargs)
+    ids = dialog_ids(chat, body.messages, offered(body), body.chat_template_kwargs)
     sampling = settings(
         llm,
         body,
@@ -40,7 +39,10 @@ def prepare_chat(llm: LLM, body: ChatBody, capacity: int) -> list[Prepared]:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=answer_form(body),
     )
-    return several(llm, body, ids, sampling, capacity, chat)
+    prepared = several(llm, body, ids, sampling, capacity, chat)
+    if offered(body):
+        return prepared
+    return [replace(one, chat=None) for one in prepared]  # what looks like a call is a text
 
 
 def prepare_completion(llm: LLM, body: CompletionBody, capacity: int) -> list[Prepared]:
@@ -56,6 +58,11 @@ def prepare_completion(llm: LLM, body: CompletionBody, capacity: int) -> list[Pr
     for prompt in body.prompts:
         prepared += several(llm, body, llm.encode(prompt), sampling, capacity)
     return prepared
+
+
+def offered(body: ChatBody) -> list[ToolSchema]:
+    """The tools that the model is told of, and may call."""
+    return [] if body.tool_choice == "none" else body.tools or []
 
 
 def settings(llm: LLM, body: Asked, **more: Any) -> Sampling:
@@ -148,20 +155,16 @@ def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def answer_form(body: ChatBody) -> Grammar | None:
     """What the answer has to look like: a call where one is demanded, or as `response_format`
     says, or either where the model may choose."""
-    forms: list[Schema] = []
-    if body.response_format and body.response_format.type != "text":
-        wanted = body.response_format.json_schema
-        forms = [(wanted and wanted.schema_) or {"type": "object"}]
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        return Grammar.json(
-            one_of(call_forms([t for t in body.tools or () if t.function.name == name]))
-        )
+        return any_of(call_forms([tool for tool in offered(body) if tool.function.name == name]))
     if body.tool_choice == "required":
-        return Grammar.json(one_of(call_forms(body.tools or ())))
-    if forms and body.tool_choice != "none":
-        forms += call_forms(body.tools or ())
-    return Grammar.json(one_of(forms)) if forms else structured(body.structured_outputs)
+        return any_of(call_forms(offered(body)))
+    if body.response_format is None or body.response_format.type == "text":
+        return structured(body.structured_outputs)
+    wanted = body.response_format.json_schema
+    form = (wanted and wanted.schema_) or {"type": "object"}
+    return any_of([form, *call_forms(offered(body))])
 
 
 NOTHING: Schema = {"type": "object", "additionalProperties": False}
@@ -183,13 +186,11 @@ def call_forms(tools: Sequence[ToolSchema]) -> list[Schema]:
     ]
 
 
-def one_of(forms: Sequence[Schema]) -> Schema:
-    """Any of these."""
-    return (
-        forms[0]
-        if len(forms) == 1
-        else {"anyOf": [rooted(f, f"form-{i}") for i, f in enumerate(forms)]}
-    )
+def any_of(forms: Sequence[Schema]) -> Grammar:
+    """JSON of one of these."""
+    if len(forms) == 1:
+        return Grammar.json(forms[0])
+    return Grammar.json({"anyOf": [rooted(form, f"form-{i}") for i, form in enumerate(forms)]})
 
 
 def rooted(schema: Schema, name: object) -> Schema:

@@ -26,15 +26,16 @@ class Service:
         self.llm = llm
         self.settings = settings
         self.names = settings.served_model_name or [name]
-        self.engine = AsyncEngine(llm.engine)
+        engine = llm.engine
+        self.engine = AsyncEngine(engine)
         self.room = Room(llm.engine_settings.max_running + settings.queue)
-        self.metrics = Metrics(llm.engine)
-        self.watch = Watch(llm.engine)
+        self.metrics = Metrics(engine)
+        self.watch = Watch(engine)
         self.is_stopping = False
         self.created = int(time.time())
-        scheduler = llm.engine.scheduler
-        cache = len(scheduler.pages.references) * scheduler.page_size
-        self.capacity = min(llm.config.max_position_embeddings, cache)  # tokens of a request
+        cache = engine.view()
+        room = cache.num_pages * cache.page_size
+        self.capacity = min(llm.config.max_position_embeddings, room)  # tokens of a request
 
     def check_model(self, name: str | None) -> None:
         """ApiError where a client asks for another model."""
