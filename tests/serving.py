@@ -15,6 +15,10 @@ from llama32.serve.app import create_app
 from llama32.serve.server import Server
 from llama32.serve.service import Service
 from llama32.serve.settings import ServeSettings
+from tests.rawhttp import JSON, ask
+
+COMPLETE = "/v1/completions"
+HELLO = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
 
 
 @dataclass
@@ -40,6 +44,13 @@ class Served:
         until(lambda: not self.engine.is_busy and not self.service.room.taken)
         until(lambda: not self.service.engine._listeners)
         assert self.engine.stats.pages_held == 0
+
+
+def assert_unharmed(served: Served, hello: str) -> None:
+    """Nothing is left of what was asked, and HELLO is answered as ever."""
+    served.assert_idle()
+    headers = JSON | {"Authorization": f"Bearer {served.service.settings.api_key}"}
+    assert ask(served.port, COMPLETE, HELLO, headers).text == hello
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

@@ -19,45 +19,20 @@ import torch
 
 from llama32.engine.settings import EngineSettings
 from llama32.llm import LLM
-from llama32.loading import load
 from llama32.serve import limits
 from tests.rawhttp import JSON, Wire, ask, checked_error, get, head
-from tests.serving import Served, serving, until
+from tests.serving import COMPLETE, HELLO, Served, assert_unharmed, serving, until
 
-CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
-HELLO = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
+CHAT = "/v1/chat/completions"
 LONG = HELLO | {"max_tokens": 900, "ignore_eos": True}
 STREAM = LONG | {"stream": True}
 MB = 2**20
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return load("tiny", engine=EngineSettings(cache_tokens=8192))
-
-
-@pytest.fixture(scope="module")
-def served(llm) -> Iterator[Served]:
-    with serving(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def hello(served) -> str:
-    """What a good request is answered before anything has happened."""
-    return ask(served.port, COMPLETE, HELLO).text
 
 
 @pytest.fixture(autouse=True)
 def unharmed(served, hello) -> Iterator[None]:
     yield
     assert_unharmed(served, hello)
-
-
-def assert_unharmed(served: Served, hello: str) -> None:
-    served.assert_idle()
-    headers = JSON | {"Authorization": f"Bearer {served.service.settings.api_key}"}
-    assert ask(served.port, COMPLETE, HELLO, headers).text == hello
 
 
 @contextmanager

@@ -19,20 +19,17 @@ from schemathesis import GenerationMode
 from schemathesis.openapi import from_dict
 
 from llama32.chat import Chat
-from llama32.engine.settings import EngineSettings
-from llama32.llm import LLM
-from llama32.loading import load
 from llama32.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.rawhttp import Wire, ask
-from tests.serving import Served, serving
+from tests.serving import COMPLETE, Served, assert_unharmed, serving
 
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
+    COMPLETE: CompletionBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
-CHAT, COMPLETE, TOKENIZE, DETOKENIZE = BODIES
+CHAT, _, TOKENIZE, DETOKENIZE = BODIES
 USER: Any = {"role": "user", "content": "Tell me about a cat."}
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"model": "tiny", "messages": [USER], "max_tokens": 1, "max_completion_tokens": 1},
@@ -40,33 +37,14 @@ GOOD: dict[str, dict[str, Any]] = {
     TOKENIZE: {"prompt": "Once"},
     DETOKENIZE: {"tokens": [5]},
 }
-HELLO = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
 TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 MB = 2**20
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return load("tiny", engine=EngineSettings(cache_tokens=8192))
-
-
-@pytest.fixture(scope="module")
-def served(llm) -> Iterator[Served]:
-    with serving(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def hello(served) -> str:
-    """What a good request is answered before anything has happened."""
-    return ask(served.port, COMPLETE, HELLO).text
 
 
 @pytest.fixture(autouse=True)
 def unharmed(served, hello) -> Iterator[None]:
     yield
-    served.assert_idle()
-    assert ask(served.port, COMPLETE, HELLO).text == hello
+    assert_unharmed(served, hello)
 
 
 def refusal(served: Served, path: str, changes: Any) -> dict[str, Any]:
