@@ -6,7 +6,7 @@ import torch
 from llama32 import load_model
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
-from llama32.generate import generate
+from llama32.generate import generate, step
 from llama32.int8_cache import Int8Cache, Pool, in_a_row, int8_bytes_per_token
 from llama32.paged import eager, fused
 from llama32.settings import Sampling
@@ -101,20 +101,24 @@ def test_it_takes_a_byte_for_each_number_and_four_for_each_head():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_story_goes_on_nearly_as_likely_as_before(dtype):
+def test_a_story_is_nearly_as_likely_as_before(dtype):
+    """Token by token, of one story for both: two that are written freely part at the first tie."""
     model = load_model("tiny", dtype=dtype)
-    greedy = Sampling(temperature=0, max_new_tokens=60, logprobs=0, ignore_eos=True)
+    greedy = Sampling(temperature=0, max_new_tokens=60, ignore_eos=True)
+    story = [token.id for token in generate(model, [1, 300, 17, 25, 99], greedy)]
 
-    def story(kind: type) -> list:
-        cache = kind(model.config, 8, 16, dtype=dtype)
-        return list(generate(model, [1, 300, 17, 25, 99], greedy, cache=cache, chunk=2))
+    def logprobs(kind: type) -> torch.Tensor:
+        cache, pages = kind(model.config, 8, 16, dtype=dtype), []
+        steps = [
+            step(model, cache, Span([token], place, pages)) for place, token in enumerate(story)
+        ]
+        found = torch.cat(steps[:-1]).float().log_softmax(-1)
+        return found.gather(-1, torch.tensor(story[1:]).unsqueeze(-1)).squeeze(-1)
 
-    plain, small = story(PagedCache), story(Int8Cache)
-    for a, b in zip(plain, small, strict=True):
-        if a.id != b.id:
-            break
-        assert abs(a.logprobs.chosen - b.logprobs.chosen) < 0.1
-    assert [t.id for t in plain[:10]] == [t.id for t in small[:10]]
+    error = logprobs(PagedCache) - logprobs(Int8Cache)
+    assert error.any()
+    assert error.abs().max() < 0.15
+    assert error.abs().mean() < 0.03
 
 
 def test_logits_hardly_move():
