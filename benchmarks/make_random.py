@@ -13,7 +13,7 @@ from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
 from llama32.saving import save
-from llama32.train import initialize
+from llama32.train.recipe import initialize
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,

@@ -7,7 +7,7 @@ query heads. (grouped-query attention, Ainslie et al. 2023)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,6 +70,18 @@ def fused(
         enable_gqa=True,
     )
     return mixed.transpose(1, 2).reshape(q.shape)
+
+
+def one_by_one(
+    q: Float[Tensor, "N H D"],
+    k: Float[Tensor, "N K D"],
+    v: Float[Tensor, "N K D"],
+    lengths: Sequence[int],
+    attend: Attend = fused,
+) -> Float[Tensor, "N H D"]:
+    """Attention within each of the documents that lie end to end in N tokens: none sees another."""
+    documents = zip(*(x.split([*lengths]) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*document) for document in documents])
 
 
 def causal(T: int, S: int, device: torch.device) -> Bool[Tensor, "{T} {S}"]:

@@ -11,17 +11,28 @@ Not yet run on a GPU; on a CPU it is tested with a kernel that does the same slo
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from llama32.attention import one_by_one
 from llama32.batch import Batch
 from llama32.paged import PagedAttend, fused, gathered, join, read
 
 # Slots. A page of at most this size is one block of the kernel for heads of up to 128, so there is
 # nothing that it could split depending on the company.
 LONGEST_PAGE = 128
+
+CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
+if "enable_gqa" in signature(varlen_attn).parameters:  # 2.11 takes fewer heads of keys as it is
+    CAUSAL["enable_gqa"] = True
 
 # q (N, H, D), k and v (S, K, D), first rows of each sequence in q and in k (B + 1), how many rows
 # it has in k (B), the most that one has in q and in k -> mixed (N, H, D), log-sum-exp (H, N)
@@ -124,6 +135,29 @@ def add_up(x: Float[Tensor, "B W H D"]) -> Float[Tensor, "B H D"]:
     return x.squeeze(1)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Attention within each of several documents that lie end to end in `(N,)` tokens, with
+    gradients: in training none of them sees another."""
+
+    lengths: tuple[int, ...]
+
+    def __call__(
+        self, q: Float[Tensor, "N H D"], k: Float[Tensor, "N K D"], v: Float[Tensor, "N K D"]
+    ) -> Float[Tensor, "N H D"]:
+        if not has_flash(q.device, q.dtype, q.shape[-1]):
+            return one_by_one(q, k, v, self.lengths)
+        starts, longest = self.starts.to(q.device, non_blocking=True), max(self.lengths)
+        mixed = varlen_attn(q, k, v, starts, starts, longest, longest, **CAUSAL)
+        assert isinstance(mixed, Tensor)
+        return mixed
+
+    @cached_property
+    def starts(self) -> Int32[Tensor, " documents1"]:
+        """Of the documents, and the end of the last."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+
+
 def fixed_shape(attend: PagedAttend) -> PagedAttend:
     """What does the same for decoding by tensors alone: to be compiled, or recorded as a graph."""
     return by_pages if attend is flash else gathered
@@ -131,13 +165,17 @@ def fixed_shape(attend: PagedAttend) -> PagedAttend:
 
 def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> PagedAttend:
     """The fastest form that this device, dtype and shape allow: chosen once, before a run."""
-    can_flash = (
+    can_flash = has_flash(device, dtype, head_dim) and page_size <= LONGEST_PAGE
+    return flash if can_flash else fused
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel takes these."""
+    return (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 128
-        and page_size <= LONGEST_PAGE
     )
-    return flash if can_flash else fused

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama32.attention import causal, eager, fused, mix, pattern
+from llama32.attention import causal, eager, fused, mix, one_by_one, pattern
 
 
 def heads(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -112,3 +112,14 @@ def test_bf16_attention_adds_up_in_fp32():
         low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
         assert low.dtype == torch.bfloat16
         torch.testing.assert_close(low.float(), exact, atol=0.03, rtol=0.02)
+
+
+def test_one_by_one_is_attention_with_a_block_for_each_document():
+    """Against the explicit form: a pattern over all of them that sees no key of another."""
+    lengths = (5, 1, 6)
+    q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
+    of = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    visible = causal(12, 12, q.device) & (of.unsqueeze(1) == of)
+    expected = eager(q, k, v, visible)
+    for attend in (eager, fused):
+        torch.testing.assert_close(one_by_one(q, k, v, lengths, attend), expected)

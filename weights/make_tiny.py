@@ -18,6 +18,7 @@ import typer
 from requests_from_stories import Requests
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
+from torch import Tensor
 
 from llama32.bpe import LLAMA3_PATTERN
 from llama32.chat import Chat
@@ -25,7 +26,9 @@ from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
 from llama32.saving import save
 from llama32.tokenizer import Tokenizer
-from llama32.train import Recipe, initialize, pack, train
+from llama32.train.data import cut, predicting, shuffled, text_rows
+from llama32.train.loop import train
+from llama32.train.recipe import Recipe, initialize
 
 NUM_TEXT_TOKENS = 2048
 BEGIN, END, EOM, EOT = (NUM_TEXT_TOKENS + i for i in (0, 1, 8, 9))
@@ -51,7 +54,8 @@ CONFIG = LlamaConfig(
     eos_token_ids=(END, EOM, EOT),
     dtype="bfloat16",
 )
-RECIPE = Recipe(steps=2800, batch=8, context=1024, peak_rate=3e-3)
+BATCH, CONTEXT = 8, 1024  # rows of a step, tokens of a row
+RECIPE = Recipe(steps=2800, peak_rate=3e-3)
 
 
 def main(
@@ -70,12 +74,16 @@ def main(
     tokenizer = Tokenizer.load(out)
     documents = Documents(tokenizer, requests)
 
+    def epoch(number: int) -> Tensor:
+        return shuffled(documents.of(train_stories, number), number)
+
     model = Llama(CONFIG)
     initialize(model)
+    unseen = cut(shuffled(documents.of(held_out, 0), 0), CONTEXT)
     train(
         model,
-        lambda epoch: pack(documents.of(train_stories, epoch), epoch),
-        pack(documents.of(held_out, 0), 0),
+        text_rows(epoch, CONTEXT, BATCH),
+        [predicting(rows) for rows in unseen.split(BATCH)],
         dataclasses.replace(RECIPE, steps=steps),
         run,
         forward=torch.compile(model) if compiled else None,

@@ -19,7 +19,7 @@ import typer
 from make_tiny import read
 
 import llama32
-from llama32.train import next_token_loss
+from llama32.train.loop import next_token_loss
 
 
 def main(

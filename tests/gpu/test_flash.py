@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llama32 import paged
-from llama32.attention import eager, fused
+from llama32.attention import eager, fused, one_by_one
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
-from llama32.flash import fastest, flash
+from llama32.flash import Documents, fastest, flash
 from llama32.generate import generate
 from llama32.settings import Sampling
 from tests.checkpoints import random_model, tiny_config
@@ -108,3 +108,19 @@ def test_a_bf16_model_generates_through_flash_as_through_eager():
         with torch.no_grad():
             logits.append(model(batch.tokens, batch.positions, cache.attends(batch)).float())
     torch.testing.assert_close(*logits, atol=0.25, rtol=0.05)
+
+
+@pytest.mark.parametrize(("H", "D"), [(32, 64), (24, 128)])
+def test_documents_end_to_end_and_their_gradients_equal_eager_one_by_one(H, D):
+    lengths = (300, 1, 64, 129)
+    found = []
+    for attend in (Documents(lengths), partial(one_by_one, lengths=lengths, attend=eager)):
+        q, k, v = (
+            random(sum(lengths), heads, D, seed=i).requires_grad_()
+            for i, heads in enumerate((H, 8, 8))
+        )
+        mixed = attend(q, k, v)
+        mixed.sum().backward()
+        found.append((mixed, q.grad, k.grad, v.grad))
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected)

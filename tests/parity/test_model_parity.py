@@ -15,7 +15,7 @@ from llama32.generate import generate
 from llama32.layouts import names
 from llama32.model import Llama
 from llama32.settings import Sampling
-from llama32.train import next_token_loss
+from llama32.train.loop import next_token_loss
 from tests.checkpoints import HUB_LLAMA3, HUB_PLAIN
 
 SHAPES = {
