@@ -1,4 +1,4 @@
-"""The command line: `llama32 generate | chat | serve | info | bench | download`.
+"""The command line: `llama32 generate | chat | serve | finetune | info | bench | download`.
 
 What the library finds wrong with a request becomes one line and exit status 2. Any other exception
 is a bug and shows its traceback.
@@ -39,6 +39,7 @@ from llama32.options import (
 )
 from llama32.serve.settings import ServeSettings
 from llama32.terminal import complain, note, out, read_text, show_log, warn
+from llama32.train.command import finetune
 from llama32.transcript import Result
 
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
@@ -264,6 +265,9 @@ def download(
     command = "chat" if describe(folder)["chat_format"] else 'generate "Once upon a time"'
     model = shlex.quote(str(folder)) if to or revision else repo
     note(f"next: llama32 {command} --model {model}")
+
+
+app.command()(finetune)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Every text segment is encoded by itself: where a style cuts its texts decides th
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from email.utils import formatdate
 from enum import Enum
 from functools import partial
@@ -80,6 +80,16 @@ class Chat:
         segments = self.render(dialog, _read_tools(tools), date, **options)
         prompt = self.prompt if add_generation_prompt else []
         return self.to_ids([Control.BEGIN, *segments]) + prompt
+
+    def answers(self, ids: list[int]) -> Iterator[range]:
+        """Where in the ids of a dialog the assistant speaks: what a model would have to write in
+        place of each of its messages, with the token that ends it. Control ids come from the
+        format alone, so nobody else's message can pass for one."""
+        n = len(self.prompt)
+        for start in range(n, len(ids)):
+            if ids[start - n : start] == self.prompt:
+                stops = (at for at in range(start, len(ids)) if ids[at] in self.stop_ids)
+                yield range(start, next(stops, len(ids) - 1) + 1)
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
         """The message that a model wrote, in OpenAI's shape; `encode` takes it back. See `read`."""

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from llama32 import checkpoint
+from llama32.adapt.lora import LoRA, Pair, check_fit, merged
 from llama32.adapt.optimize import Optimizer
+from llama32.adapt.peft import load_lora
 from llama32.adapt.quantize import quantize_layer
 from llama32.chat import Chat, Control
 from llama32.config import LlamaConfig
 from llama32.engine.settings import EngineSettings
 from llama32.files import read_json
 from llama32.hub import resolve
+from llama32.layouts import shapes
 from llama32.llm import LLM
 from llama32.model import Llama
 from llama32.settings import Sampling
@@ -29,6 +32,7 @@ def load_model(
     rope_factor: float | None = None,
     quantize: str | None = None,
     optimize: bool = False,
+    lora: LoRA | str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """The model alone, an nn.Module: from a folder, a Hub id, or "tiny".
@@ -36,21 +40,38 @@ def load_model(
     It comes in the dtype that it is stored in unless `dtype` says otherwise. `rope_factor` is for
     Meta's layout, which does not say it. `quantize` ("int8", "int4", "fp8") and `optimize` are
     `llama32.quantize` and `llama32.optimize`, done to each layer as it is read, so that the model
-    is never in memory in another form. `on_progress(done, total)` counts the bytes read.
+    is never in memory in another form. `lora` is an adapter, or its folder, to be merged into the
+    weights before. `on_progress(done, total)` counts the bytes read.
     """
+    folder = resolve(name)
+    pairs: dict[str, Pair] = {}
+    if lora is not None:
+        lora = lora if isinstance(lora, LoRA) else load_lora(lora)
+        sizes = shapes(checkpoint.inspect(folder, rope_factor=rope_factor).config)
+        sizes.setdefault("lm_head.weight", sizes["embed.weight"])
+        check_fit(lora, {name.removesuffix(".weight"): (*size,) for name, size in sizes.items()})
+        pairs = dict(lora.items())
     model = checkpoint.load_model(
-        resolve(name),
+        folder,
         device=device,
         dtype=dtype,
         rope_factor=rope_factor,
         on_progress=on_progress,
-        on_layer=partial(adapt, quantize, Optimizer() if optimize else None),
+        on_layer=partial(adapt, pairs, quantize, Optimizer() if optimize else None),
     )
     return model.requires_grad_(False) if optimize else model
 
 
-def adapt(scheme: str | None, optimizer: Optimizer | None, model: Llama, name: str) -> None:
+def adapt(
+    pairs: Mapping[str, Pair],
+    scheme: str | None,
+    optimizer: Optimizer | None,
+    model: Llama,
+    name: str,
+) -> None:
     """What is asked for, done to one layer."""
+    if name in pairs:
+        model.set_submodule(name, merged(model.get_submodule(name), pairs[name], name))
     if scheme is not None:
         quantize_layer(model, name, scheme)
     if optimizer is not None:
@@ -65,6 +86,7 @@ def load(
     rope_factor: float | None = None,
     quantize: str | None = None,
     optimize: bool = False,
+    lora: LoRA | str | Path | None = None,
     chat_style: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     engine: EngineSettings | None = None,
@@ -72,10 +94,10 @@ def load(
     """Load a checkpoint whole: a folder, a Hub id, or "tiny", which ships with the package.
 
     By default it goes to the GPU if there is one, in the dtype it is stored in. `rope_factor`
-    overrides what is derived for Meta's layout, which does not say it. `quantize` and `optimize`
-    are as for `load_model`. `chat_style` is "hub" or "meta"; None takes "hub" if the checkpoint
-    comes with a chat template in Llama 3's format. `engine` says how many requests run at once, and
-    in how much memory.
+    overrides what is derived for Meta's layout, which does not say it. `quantize`, `optimize` and
+    `lora` are as for `load_model`. `chat_style` is "hub" or "meta"; None takes "hub" if the
+    checkpoint comes with a chat template in Llama 3's format. `engine` says how many requests run
+    at once, and in how much memory.
     """
     folder = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,6 +108,7 @@ def load(
         rope_factor=rope_factor,
         quantize=quantize,
         optimize=optimize,
+        lora=lora,
         on_progress=on_progress,
     )
     return assemble(folder, model, chat_style, engine)

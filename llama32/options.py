@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial, wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -93,7 +94,9 @@ class Source:
     optimize: Annotated[
         bool, about_model("--optimize", help="Take the fastest form of each layer, found by trial.")
     ] = False
-
+    lora: Annotated[
+        Path | None, about_model(help="An adapter's folder, to be merged into the weights.")
+    ] = None
     compile: Annotated[
         bool, about_model("--compile", help="Run through torch.compile, once it has compiled.")
     ] = False
@@ -120,6 +123,7 @@ class Source:
                 rope_factor=self.rope_factor,
                 quantize=self.quantize,
                 optimize=self.optimize,
+                lora=self.lora,
                 chat_style=chat_style,
                 on_progress=on_progress,
                 engine=replace(engine or EngineSettings(), compiled=self.compile),

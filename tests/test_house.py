@@ -18,7 +18,8 @@ FLOORS = (
     ("adapt.lora", "adapt.quantize", "adapt.optimize", "int8_cache"),
     ("layouts",),
     ("checkpoint", "generate", "adapt.peft", "train.__init__", "train.data", "train.recipe"),
-    ("hub", "saving", "train.loop"),
+    ("hub", "saving", "train.loop", "train.examples"),
+    ("train.curve",),
     ("engine.__init__", "engine.pages", "engine.prefix"),
     ("engine.request",),
     ("engine.stats",),
@@ -30,7 +31,7 @@ FLOORS = (
     ("engine.asynchronous", "progress", "transcript"),
     ("stream",),
     ("llm",),
-    ("loading",),
+    ("loading", "train.finetune"),
     ("serve.__init__", "serve.settings", "serve.schemas", "serve.errors", "serve.metrics"),
     ("serve.limits", "serve.prompts", "serve.replies", "serve.watch"),
     ("serve.service",),
@@ -42,7 +43,7 @@ FLOORS = (
     ("bench.worker", "bench.report"),
     ("__init__", "info", "terminal"),
     ("options",),
-    ("dialog",),
+    ("dialog", "train.command"),
     ("__main__",),
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -111,11 +111,7 @@ def add_lora(
 
 def put_lora(model: Llama, lora: LoRA) -> None:
     """Let a model go through an adapter. ValueError where it does not fit."""
-    known = linears(model)
-    for name, pair in lora.items():
-        wanted, there = (len(pair.b), pair.a.shape[1]), known.get(name, "nothing")
-        if there != wanted:
-            raise ValueError(f"the adapter does not fit: {name} is {wanted} in it, {there} here")
+    check_fit(lora, linears(model))
     for name, pair in lora.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), pair, lora.dropout))
 
@@ -143,11 +139,7 @@ def merge_lora(model: Llama, lora: LoRA) -> None:
     for name, pair in lora.items():
         layer = model.get_submodule(name)
         base = without(layer, pair, name) if holds(layer, pair) else layer
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"{name} is not in floats: merge into the model it was made of")
-        weight = base.weight.detach()
-        merged = (weight.float() + pair.change.detach().float()).type_as(weight)
-        layers[name] = linear(merged)
+        layers[name] = merged(base, pair, name)
         setattr(layers[name], BEFORE, [layer])
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -160,6 +152,23 @@ def unmerge_lora(model: Llama, lora: LoRA) -> None:
         if not hasattr(layer, BEFORE):
             raise ValueError(f"{name}: no adapter was merged into it")
         model.set_submodule(name, getattr(layer, BEFORE)[0])
+
+
+def merged(layer: nn.Module, pair: Pair, name: str) -> nn.Linear:
+    """A plain layer with the change in its weight."""
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} is not in floats: merge into the model it was made of")
+    weight = layer.weight.detach()
+    change = pair.change.detach().to(weight.device, torch.float32)
+    return linear((weight.float() + change).type_as(weight))
+
+
+def check_fit(lora: LoRA, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a pair has no layer of its size."""
+    for name, pair in lora.items():
+        wanted, there = (len(pair.b), pair.a.shape[1]), sizes.get(name, "nothing")
+        if there != wanted:
+            raise ValueError(f"the adapter does not fit: {name} is {wanted} in it, {there} here")
 
 
 def linears(model: Llama) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ Hub's names of their layers behind "base_model.model.". (PEFT 0.5 and later)
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def save_lora(lora: LoRA, folder: str | Path, *, base_model: str | None = None) 
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes it private
 
 
 def load_lora(folder: str | Path) -> LoRA:

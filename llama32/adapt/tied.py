@@ -65,4 +65,5 @@ def is_tied(model: Llama) -> bool:
     """Whether the embedding reads the rows of the head."""
     if isinstance(model.embed, QuantizedEmbedding):
         return model.embed.layer is model.lm_head
-    return isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is model.embed.weight
+    embed, head = model.embed, model.lm_head
+    return isinstance(embed, nn.Embedding) and getattr(head, "weight", None) is embed.weight

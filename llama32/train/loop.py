@@ -80,6 +80,7 @@ def train(
     with recomputing(model, recipe.recompute), bar(recipe.steps) as show:
         if not run.curve:
             run.mark(held_out)
+        show(run.num_steps, run.curve)
         for step in islice(data(run.num_steps), left):
             run.take(step)
             if run.num_steps % recipe.save_every == 0 or run.num_steps == recipe.steps:
@@ -130,9 +131,9 @@ class Run:
         self.num_steps += 1
 
     def loss(self, batch: Microbatch) -> Float[Tensor, ""]:
-        """Summed over the targets, with products in the recipe's dtype."""
-        lower = self.recipe.products != torch.float32
-        with torch.autocast(self.device.type, self.recipe.products, enabled=lower):
+        """Summed over the targets."""
+        lower = self.recipe.autocast
+        with torch.autocast(self.device.type, lower, enabled=lower is not None):
             return summed_loss(self.forward, batch.to(self.device))
 
     @torch.no_grad()
@@ -223,16 +224,17 @@ def said(recipe: Recipe) -> dict[str, Any]:
 @contextmanager
 def bar(total: int) -> Iterator[Callable[[int, list[Point]], None]]:
     """Shows on stderr how far a run is, and each point of its curve."""
-    columns = MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
+    losses = TextColumn("{task.description} nats/token")
+    columns = MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), losses
     console = Console(stderr=True, highlight=False)
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
 
         def show(step: int, curve: list[Point]) -> None:
             losses = ("train", curve[-1].train), ("held out", curve[-1].held_out)
             text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
             if curve[-1].step == step:
-                console.print(f"step {step}: {text} nats/token")
+                console.print(f"step {step}: {text or 'nothing measured'}")
             progress.update(task, completed=step, description=text)
 
         yield show

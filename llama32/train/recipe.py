@@ -23,8 +23,9 @@ class Recipe:
     weight_decay: float = 0.1  # on matrices; norms and embeddings are left alone
     clip: float = 1.0  # norm of the whole gradient
     seed: int = 0  # of dropout
+    data: str = ""  # what tells it from other data: a run goes on with the same only
     save_every: int = 300  # steps between held-out loss, and a checkpoint to resume from
-    products: torch.dtype = torch.bfloat16  # what matrices are multiplied in; weights stay fp32
+    autocast: torch.dtype | None = torch.bfloat16  # of matrix products; the weights stay fp32
     recompute: bool = False  # layers keep no activations: less memory, a third more time
 
 

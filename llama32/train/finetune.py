@@ -1,0 +1,102 @@
+"""Fine-tuning as a whole: records in, a trained model and its learning curve out."""
+
+import logging
+import random
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from llama32.llm import LLM
+from llama32.train.curve import draw_curve
+from llama32.train.data import Microbatch, fill, num_steps, packed, together
+from llama32.train.examples import DATE, Examples, Record, read_records, to_examples
+from llama32.train.loop import Point, train
+from llama32.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(
+    llm: LLM,
+    records: str | Path | Sequence[Record],
+    folder: str | Path,
+    *,
+    held_out: str | Path | Sequence[Record] | float = 0.05,
+    epochs: int = 3,
+    batch: int = 8,
+    at_once: int = 1,
+    context: int | None = None,
+    date: str = DATE,
+    **recipe: Any,
+) -> list[Point]:
+    """Train what requires gradients of `llm.model` (an adapter, after `add_lora`) on records, or on
+    a file with one in each line: dialogs, prompts with completions, or texts (`examples.py`).
+
+    Whole examples are packed into rows of up to `context` tokens, by default what the model takes
+    and 2,048 at most; longer ones lose their end. A step is `batch` rows, `at_once` at a time go
+    through the model. `held_out` is what the curve measures and nothing is learned from: other
+    records, or a share of these. `date` is what dialogs take for today. All else is for `Recipe`.
+
+    `folder` gets `training.pt`, from which a run that was killed goes on, and `curve.png`. Returns
+    the learning curve.
+    """
+    folder = Path(folder)
+    if context is None:
+        context = min(llm.model.config.max_position_embeddings, 2048)
+    given = read(records)
+    if isinstance(held_out, float | int):
+        given, unseen = split(given, held_out, recipe.get("seed", 0))
+    else:
+        unseen = read(held_out)
+    found = prepare(llm, given, context, date)
+    if not found.examples:
+        raise ValueError("finetune: there is nothing to learn in these records")
+    seed = recipe.setdefault("seed", 0)
+    steps = num_steps(found.examples, context, batch, epochs, seed)
+    defaults: dict[str, Any] = {"warmup": -(-steps // 20), "save_every": max(1, steps // 20)}
+    defaults["data"] = sha256(repr((found.examples, context, batch, at_once)).encode()).hexdigest()
+    settings = Recipe(**{"steps": steps, **defaults, **recipe})
+    logger.info("%s", about(found, settings.steps, context))
+    data = packed(found.examples, context, batch, at_once, seed)
+    rows = rows_of(prepare(llm, unseen, context, date), context)
+    curve = train(llm.model, data, rows, settings, folder)
+    draw_curve(curve, folder / "curve.png", f"{len(found.examples):,} examples, {epochs} epochs")
+    return curve
+
+
+def read(records: str | Path | Sequence[Record]) -> list[Record]:
+    """A file's, or those given."""
+    return read_records(Path(records)) if isinstance(records, str | Path) else [*records]
+
+
+def split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """A share of the records, by chance, taken apart from the rest; both in their order."""
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out is {share}, allowed: from 0 up to below 1")
+    apart = {*random.Random(seed).sample(range(len(records)), round(share * len(records)))}
+    kept = [record for i, record in enumerate(records) if i not in apart]
+    return kept, [record for i, record in enumerate(records) if i in apart]
+
+
+def prepare(llm: LLM, records: list[Record], context: int, date: str) -> Examples:
+    """As the model will see them."""
+    return to_examples(records, llm.require_tokenizer(), llm.chat_format, context, date)
+
+
+def rows_of(found: Examples, context: int) -> list[Microbatch]:
+    """All of them, packed once."""
+    return [together(row) for row in fill(found.examples, context, seed=0, epoch=0)]
+
+
+def about(found: Examples, steps: int, context: int) -> str:
+    """What is learned from, in one line."""
+    tokens = sum(len(example.ids) for example in found.examples)
+    learned = sum(sum(example.learned) for example in found.examples)
+    line = f"{len(found.examples):,} examples, {tokens:,} tokens, {learned / tokens:.0%} of them "
+    line += f"to be learned; {steps:,} steps"
+    if found.num_cut:
+        line += f"; {found.num_cut:,} examples are cut to {context:,} tokens"
+    if found.num_lost:
+        line += f"; {found.num_lost:,} are left out, too long for their answer"
+    return line
