@@ -253,14 +253,16 @@ def bench(
     note(footnote(found))
 
 
-@app.command()
-def download(
+@app.command("download")
+def fetch(
     repo: Annotated[str, Argument(help="Such as meta-llama/Llama-3.2-1B-Instruct.")],
     to: Annotated[Path | None, Option(help="A folder, in place of the Hub's cache.")] = None,
     revision: Annotated[str | None, Option(help="A branch, tag or commit.")] = None,
 ) -> None:
     """Fetch a model from the Hub, and print the folder where it lies."""
-    folder = hub.download(repo, to, revision)
+    from llama32.download import download
+
+    folder = download(repo, to, revision)
     print(folder)
     command = "chat" if describe(folder)["chat_format"] else 'generate "Once upon a time"'
     model = shlex.quote(str(folder)) if to or revision else repo

@@ -11,28 +11,17 @@ Not yet run on a GPU; on a CPU it is tested with a kernel that does the same slo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from inspect import signature
-from itertools import accumulate
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-from llama32.attention import one_by_one
 from llama32.batch import Batch
 from llama32.paged import PagedAttend, fused, gathered, join, read
 
 # Slots. A page of at most this size is one block of the kernel for heads of up to 128, so there is
 # nothing that it could split depending on the company.
 LONGEST_PAGE = 128
-
-CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
-if "enable_gqa" in signature(varlen_attn).parameters:  # 2.11 takes fewer heads of keys as it is
-    CAUSAL["enable_gqa"] = True
 
 # q (N, H, D), k and v (S, K, D), first rows of each sequence in q and in k (B + 1), how many rows
 # it has in k (B), the most that one has in q and in k -> mixed (N, H, D), log-sum-exp (H, N)
@@ -133,29 +122,6 @@ def add_up(x: Float[Tensor, "B W H D"]) -> Float[Tensor, "B H D"]:
             x = torch.cat((x, torch.zeros_like(x[:, :1])), 1)
         x = x[:, ::2] + x[:, 1::2]
     return x.squeeze(1)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Attention within each of several documents that lie end to end in `(N,)` tokens, with
-    gradients: in training none of them sees another."""
-
-    lengths: tuple[int, ...]
-
-    def __call__(
-        self, q: Float[Tensor, "N H D"], k: Float[Tensor, "N K D"], v: Float[Tensor, "N K D"]
-    ) -> Float[Tensor, "N H D"]:
-        if not has_flash(q.device, q.dtype, q.shape[-1]):
-            return one_by_one(q, k, v, self.lengths)
-        starts, longest = self.starts.to(q.device, non_blocking=True), max(self.lengths)
-        mixed = varlen_attn(q, k, v, starts, starts, longest, longest, **CAUSAL)
-        assert isinstance(mixed, Tensor)
-        return mixed
-
-    @cached_property
-    def starts(self) -> Int32[Tensor, " documents1"]:
-        """Of the documents, and the end of the last."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
 
 
 def fixed_shape(attend: PagedAttend) -> PagedAttend:

@@ -15,7 +15,8 @@ import torch
 
 import llama32.hub
 from llama32.checkpoint import load_model
-from llama32.hub import download, resolve
+from llama32.download import download
+from llama32.hub import resolve
 from llama32.saving import save
 from tests.checkpoints import random_model, tiny_config, write_meta
 

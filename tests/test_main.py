@@ -9,7 +9,6 @@ import torch
 from typer.testing import Result
 
 import llama32
-from llama32 import hub
 from llama32.loading import load
 from llama32.options import sampling_changes
 from llama32.settings import Sampling
@@ -287,7 +286,7 @@ def test_a_download_prints_its_folder_and_what_to_do_next(folder, tmp_path, monk
         asked.append((repo, to, revision))
         return folder
 
-    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr("llama32.download.download", download)
     result = run("download", "some/model")
     assert (result.exit_code, result.stdout) == (0, f"{folder}\n")
     assert result.stderr == "next: llama32 chat --model some/model\n"

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llama32.flash import Documents
 from llama32.model import Llama
 from llama32.train.data import IGNORED, Data, Microbatch, Step, predicting
+from llama32.train.documents import Documents
 from llama32.train.recipe import Recipe, groups, learning_rate, trainable
 
 Forward = Callable[..., Tensor]  # a Llama, or a faster form of the same weights

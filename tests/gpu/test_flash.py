@@ -9,9 +9,10 @@ from llama32 import paged
 from llama32.attention import eager, fused, one_by_one
 from llama32.batch import Batch, Span
 from llama32.cache import PagedCache
-from llama32.flash import Documents, fastest, flash
+from llama32.flash import fastest, flash
 from llama32.generate import generate
 from llama32.settings import Sampling
+from llama32.train.documents import Documents
 from tests.checkpoints import random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
