@@ -62,11 +62,24 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
-    def copy_to(self, out: Tensor, files: MappedFiles) -> None:
-        """Copy straight from the mapped files to the device and dtype of `out`."""
-        parts = out.chunk(len(self.files), self.axis)
-        for file, part in zip(self.files, parts, strict=True):
-            piece = files.tensor(file, self.name, self.nbytes // len(self.files))
+    def copy_to(self, out: Tensor, files: MappedFiles, axis: int = 0, start: int = 0) -> None:
+        """Copy straight from the mapped files to the device and dtype of `out`.
+
+        That may be a part: from `start` on along `axis`, as much as `out` holds. Nothing else is
+        copied then. Of rows in pairs only those of whole heads can be had.
+        """
+        size = self.shape[self.axis] // len(self.files)
+        first = start if axis == self.axis else 0  # of the rows (or columns) that `out` holds
+        last = first + out.shape[self.axis]
+        for number, file in enumerate(self.files):
+            low, high = max(first, number * size), min(last, (number + 1) * size)
+            if low >= high:
+                continue
+            part = out.narrow(self.axis, low - first, high - low)
+            piece = files.tensor(file, self.name, part.numel() * self.dtype.itemsize)
+            piece = piece.narrow(self.axis, low - number * size, high - low)
+            if axis != self.axis:
+                piece = piece.narrow(axis, start, out.shape[axis])
             if self.pairs:  # row 2r + half of each head goes to row half * R + r
                 piece = piece.unflatten(0, (-1, self.pairs, 2)).transpose(1, 2)
                 part = part.unflatten(0, (-1, 2, self.pairs))

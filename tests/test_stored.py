@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama32 import stored
-from llama32.stored import StoredTensor
+from llama32.stored import MappedFiles, StoredTensor
 
 FIRST, SECOND = torch.arange(6.0).view(3, 2), torch.arange(40, dtype=torch.int8).view(10, 4)
 
@@ -68,3 +68,17 @@ def test_rows_that_lie_in_no_file_as_they_are_cannot_be_read(file, tmp_path, mon
     assert StoredTensor("first", (tmp_path / "a.pth",), FIRST.shape, FIRST.dtype).rows() is None
     monkeypatch.delattr(stored.os, "pread")  # as on Windows
     assert whole.rows() is None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_part_is_copied_from_wherever_it_lies(axis, file, tmp_path):
+    later = tmp_path / "later.safetensors"
+    save_file({"second": SECOND + 40}, later)
+    for along in (0, 1):  # how the two files make up the whole
+        whole = torch.cat((SECOND, SECOND + 40), along)
+        tensor = StoredTensor("second", (file, later), whole.shape, whole.dtype, axis=along)
+        size = whole.shape[axis] // 2
+        for start in range(size + 1):  # from one, from both, from the other
+            out = torch.empty_like(whole.narrow(axis, start, size))
+            tensor.copy_to(out, MappedFiles(budget=10), axis, start)
+            assert torch.equal(out, whole.narrow(axis, start, size))
