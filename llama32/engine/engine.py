@@ -13,7 +13,7 @@ and one lock is around it all, so threads may share an engine.
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
-from secrets import randbits
+from random import Random, SystemRandom
 from threading import RLock
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,7 @@ class Engine:
         self._runner: Runs | None = runner
         self._fingerprint = runner.fingerprint()
         self._lock = RLock()
+        self._chance = SystemRandom() if settings.seed is None else Random(settings.seed)
         self._counts = Counter(dict.fromkeys(COUNTED, 0))
         self._speculator: Speculator | None = None
         if settings.speculation is not None:
@@ -93,9 +94,8 @@ class Engine:
 
         `on_token` is told every token as it comes, `on_prefill(done, total)` how far the prompt is
         read. What they raise ends this request with the reason "error", and touches no other.
-        `guide` (`guides.py`) leads it through a grammar; it gets no drafts. Raises ValueError at
-        once for what could never run: an empty prompt, ids out of range, more tokens than the
-        context or the whole cache holds.
+        `guide` (`guides.py`) leads it through a grammar; it gets no drafts. ValueError at once for
+        what could never run: no prompt, ids out of range, more than the context or the cache holds.
         """
         sampling = sampling or Sampling()
         with self._lock:
@@ -108,7 +108,7 @@ class Engine:
                 prompt=list(prompt),
                 longest=longest,
                 sampling=sampling,
-                seed=randbits(64) if sampling.seed is None else sampling.seed,
+                seed=self._chance.getrandbits(64) if sampling.seed is None else sampling.seed,
                 guide=guide,
                 stop_ids=frozenset(sampling.stop_ids).union(eos_ids if ends else ()),
                 on_token=on_token,

@@ -55,6 +55,9 @@ class EngineSettings:
     `cache_dtype` "int8" halves the memory of bf16 keys and values, and rounds them; see
     `int8_cache.py`. It is not for CUDA graphs.
 
+    `seed` makes what is drawn for requests without a seed of their own the same in every run: the
+    first such request gets the first number drawn from it, and so on. None leaves it to chance.
+
     `speculation` may give a request several tokens in a step, and changes none (`speculation.py`).
     """
 
@@ -69,6 +72,7 @@ class EngineSettings:
     compiled: bool = False  # through torch.compile (`Engine.warm_up`); not deterministic
     cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU
     speculation: Speculation | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running", "prefill_tokens", "cache_tokens", "cache_bytes", "page_size"):

@@ -126,6 +126,14 @@ def test_two_requests_without_a_seed_have_different_ones():
     assert len({engine.add([3], Sampling()).seed for _ in range(20)}) == 20
 
 
+def test_an_engine_with_a_seed_gives_the_same_ones_to_requests_without():
+    first, second, other = (make_engine(seed=seed)[0] for seed in (3, 3, 4))
+    given = [[engine.add([3], Sampling()).seed for _ in range(9)] for engine in (first, second)]
+    assert given[0] == given[1]
+    assert len(set(given[0])) == 9
+    assert other.add([3], Sampling()).seed != given[0][0]
+
+
 def test_the_settings_are_those_of_the_scheduler():
     engine, _ = make_engine(num_pages=7, max_running=3, prefill_tokens=70)
     scheduler = engine.scheduler
