@@ -32,6 +32,7 @@ FLOORS = (
     ("stream",),
     ("llm",),
     ("loading", "train.finetune"),
+    ("adapt.parallel",),
     ("serve.__init__", "serve.settings", "serve.schemas", "serve.errors", "serve.metrics"),
     ("serve.limits", "serve.prompts", "serve.replies", "serve.watch"),
     ("serve.service",),
