@@ -23,9 +23,11 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from secrets import randbits
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
@@ -82,6 +84,9 @@ def parallelize(model: Llama, mesh: DeviceMesh) -> Llama:
     parallelize_module(model, mesh, PLAN, src_data_rank=None)  # nothing is sent
     if is_tied:
         model.lm_head.weight = model.embed.weight
+    for name, part in model.named_modules():
+        if is_planned(name):
+            part.register_forward_hook(arrived)
     model.config = config
     return model
 
@@ -182,6 +187,15 @@ def agreed(settings: EngineSettings, model: Llama, mesh: DeviceMesh) -> EngineSe
     pages, seed = least.tolist()
     tokens = pages * memory.page_size(model, settings)
     return replace(settings, cache_tokens=tokens, cache_bytes=None, seed=seed)
+
+
+def arrived(part: nn.Module, given: Any, x: Tensor) -> Tensor:
+    """PyTorch hands out sums that are still on their way, and waits when they are first used. Of a
+    prompt the logits never are, and they would stay open for ever. (In training all is used, and
+    `wait` would cut the graph.)"""
+    if isinstance(x, AsyncCollectiveTensor) and not x.requires_grad:
+        return x.wait()
+    return x
 
 
 def is_planned(name: str) -> bool:

@@ -109,8 +109,9 @@ def warned(mesh: DeviceMesh, folder: Path) -> list[str]:
 def captured(mesh: DeviceMesh, folder: Path) -> list[tuple[int, ...]]:
     model = parallel.load_model(folder / "hub", mesh)
     names = "layers.0.attn.heads", "layers.0.attn", "layers.0.mlp.up_proj", "logits"
-    with capture(model, *names) as seen:
+    with torch.no_grad(), capture(model, *names) as seen:
         model(TOKENS)
+    assert {type(x) for x in seen.values()} == {torch.Tensor}  # nothing is still on its way
     return [tuple(seen[name].shape) for name in names]
 
 
