@@ -10,8 +10,8 @@
 
 Each process has its own rows of the batch, and a slice of every weight. A layer's weights are put
 together just before it runs and let go of behind it, forward and backward, so that a process never
-has more than a few layers whole. PyTorch's FSDP2 does it, from outside. (ZeRO, Rajbhandari et al.
-2020; FSDP, Zhao et al. 2023)
+has more than a few layers whole. PyTorch's FSDP2 does it, from outside; on GPUs it has not run yet.
+(ZeRO, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023)
 """
 
 from typing import Any
