@@ -7,6 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from llama32.llm import LLM
 from llama32.train.curve import draw_curve
 from llama32.train.data import Microbatch, fill, num_steps, packed, together
@@ -28,6 +30,7 @@ def finetune(
     at_once: int = 1,
     context: int | None = None,
     date: str = DATE,
+    mesh: DeviceMesh | None = None,
     **recipe: Any,
 ) -> list[Point]:
     """Train what requires gradients of `llm.model` (an adapter, after `add_lora`) on records, or on
@@ -36,7 +39,8 @@ def finetune(
     Whole examples are packed into rows of up to `context` tokens, by default what the model takes
     and 2,048 at most; longer ones lose their end. A step is `batch` rows, `at_once` at a time go
     through the model. `held_out` is what the curve measures and nothing is learned from: other
-    records, or a share of these. `date` is what dialogs take for today. All else is for `Recipe`.
+    records, or a share of these. `date` is what dialogs take for today. `mesh` is that of a model
+    sharded over several processes (`adapt/sharded.py`). All else is for `Recipe`.
 
     `folder` gets `training.pt`, from which a run that was killed goes on, and `curve.png`. Returns
     the learning curve.
@@ -60,8 +64,10 @@ def finetune(
     logger.info("%s", about(found, settings.steps, context))
     data = packed(found.examples, context, batch, at_once, seed)
     rows = rows_of(prepare(llm, unseen, context, date), context)
-    curve = train(llm.model, data, rows, settings, folder)
-    draw_curve(curve, folder / "curve.png", f"{len(found.examples):,} examples, {epochs} epochs")
+    curve = train(llm.model, data, rows, settings, folder, mesh=mesh)
+    if mesh is None or mesh.get_rank() == 0:
+        title = f"{len(found.examples):,} examples, {epochs} epochs"
+        draw_curve(curve, folder / "curve.png", title)
     return curve
 
 

@@ -17,18 +17,17 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llama32.adapt.sharded import gather, scatter
 from llama32.model import Llama
 from llama32.train.data import IGNORED, Data, Microbatch, Step, predicting
 from llama32.train.documents import Documents
 from llama32.train.recipe import Recipe, groups, learning_rate, trainable
 
 Forward = Callable[..., Tensor]  # a Llama, or a faster form of the same weights
-WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # also of a sharded model
 
 
 class Point(NamedTuple):
@@ -70,14 +69,15 @@ def train(
     """Train in place, from the newest checkpoint in `folder` if it holds one.
 
     A run that was killed and resumed ends, bit by bit, as one that was not. `forward` stands in
-    for the model where it is a faster form of the same weights. `mesh` is that of a sharded model
-    (`adapt/sharded.py`), of which every process takes its part of each step. Returns the learning
-    curve, which begins with the held-out loss of the model as it came.
+    for the model where it is a faster form of the same weights. `mesh` is that of a model sharded
+    over several processes (`adapt/sharded.py`), each of which takes its part of a step's
+    microbatches. Returns the learning curve, which begins with the held-out loss of the model as
+    it came.
     """
     run = Run(model, recipe, folder / "training.pt", forward or model, mesh)
     run.resume()
     left = recipe.steps - run.num_steps
-    with recomputing(model, recipe.recompute), bar(recipe.steps) as show:
+    with recomputing(model, recipe.recompute), bar(recipe.steps, run.rank == 0) as show:
         if not run.curve:
             run.mark(held_out)
         show(run.num_steps, run.curve)
@@ -117,10 +117,10 @@ class Run:
         num_targets = sum(batch.num_targets for batch in step)
         mean = torch.zeros((), device=self.device)
         self.model.train()
-        with seeded(f"{self.recipe.seed} {self.num_steps}", self.device):
-            for batch in step[self.rank :: self.world]:
-                loss = self.loss(batch) / num_targets
-                (loss * self.world).backward()  # of which the mean over the processes is taken
+        for i in range(self.rank, len(step), self.world):
+            with seeded(f"{self.recipe.seed} {self.num_steps} {i}", self.device):
+                loss = self.loss(step[i]) / num_targets
+                loss.backward()  # a sharded model adds up the gradients of all processes
                 mean += loss.detach()
         nn.utils.clip_grad_norm_(self.weights.values(), self.recipe.clip)
         for group in self.optimizer.param_groups:
@@ -154,42 +154,38 @@ class Run:
 
     def keep(self) -> None:
         """Put into the file what a resumed run needs."""
-        weights, optimizer = states.get_state_dict(self.model, self.optimizer, options=WHOLE)
+        state = gather(self.model, self.optimizer)
         if self.rank:
             return
-        state = {
+        told = {
             "recipe": said(self.recipe),
             "step": self.num_steps,
             "curve": [tuple(point) for point in self.curve],
-            "weights": {name: weights[name] for name in self.weights},
-            "optimizer": optimizer,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.file.with_suffix(".writing")  # a kill while writing leaves the last one whole
-        torch.save(state, aside)
+        torch.save(told | state, aside)
         aside.replace(self.file)
 
     def resume(self) -> None:
         """Go on from the file, if there is one; ValueError where it is of another run."""
-        if not self.file.exists():
+        saved: dict[str, Any] = {"model": {}, "optimizer": {}}
+        if self.rank == 0 and self.file.exists():
+            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+        told = [{key: saved[key] for key in ("recipe", "step", "curve") if key in saved}]
+        if self.group is not None:  # which of the processes has the file need not matter
+            distributed.broadcast_object_list(told, group_src=0, group=self.group)
+        (told,) = told
+        if not told:
             return
-        saved = torch.load(self.file, map_location="cpu", weights_only=True)
         now = said(self.recipe)
-        other = [f"{key} {was!r}" for key, was in saved["recipe"].items() if was != now[key]]
-        if saved["weights"].keys() != self.weights.keys():
-            other.append(f"{len(saved['weights'])} trained weights of other names")
+        other = [f"{key} {was!r}" for key, was in told["recipe"].items() if was != now[key]]
         if other:
             advice = "take another folder, or go on as it began"
             raise ValueError(f"{self.file} is of a run with {', '.join(other)}; {advice}")
-        states.set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=saved["weights"],
-            optim_state_dict=saved["optimizer"],
-            options=states.StateDictOptions(full_state_dict=True, strict=False),
-        )
-        self.num_steps = saved["step"]
-        self.curve = [Point(*point) for point in saved["curve"]]
+        scatter(self.model, self.optimizer, {key: saved[key] for key in ("model", "optimizer")})
+        self.num_steps = told["step"]
+        self.curve = [Point(*point) for point in told["curve"]]
 
 
 @contextmanager
@@ -222,8 +218,11 @@ def said(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Callable[[int, list[Point]], None]]:
+def bar(total: int, shown: bool) -> Iterator[Callable[[int, list[Point]], None]]:
     """Shows on stderr how far a run is, and each point of its curve."""
+    if not shown:
+        yield lambda step, curve: None
+        return
     losses = TextColumn("{task.description} nats/token")
     columns = MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), losses
     console = Console(stderr=True, highlight=False)

@@ -97,7 +97,7 @@ def test_an_adapter_with_dropout_is_resumed_as_exactly_and_its_base_is_not_kept(
     torch.rand(5)  # whatever chance has come to elsewhere
     assert_same_weights(adapted(tmp_path / "killed"), whole)
     kept = torch.load(tmp_path / "whole" / "training.pt", weights_only=True)
-    assert kept["weights"].keys() == {n for n, w in whole.named_parameters() if w.requires_grad}
+    assert kept["model"].keys() == {n for n, w in whole.named_parameters() if w.requires_grad}
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -113,7 +113,7 @@ def test_a_run_is_not_resumed_with_another_recipe_or_other_weights(tmp_path):
         run(tmp_path, peak_rate=1e-4)
     model = fresh_model()
     add_lora(model)
-    with pytest.raises(ValueError, match="trained weights of other names"):
+    with pytest.raises(ValueError, match="not of what is trained here"):
         train(model, counting(), UNSEEN, RECIPE, tmp_path)
 
 
