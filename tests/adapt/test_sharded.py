@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llama32 import Llama, add_lora, load_model, save
 from llama32.adapt.sharded import gather, scatter, shard
 from llama32.layouts import skeleton
-from llama32.train import IGNORED
+from llama32.train.data import IGNORED
 from tests.checkpoints import random_model, tiny_config
 from tests.processes import in_processes
 

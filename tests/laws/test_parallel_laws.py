@@ -15,7 +15,7 @@ from llama32.engine.engine import Engine
 from llama32.generate import generate
 from llama32.model import Llama
 from llama32.saving import save
-from llama32.train import next_token_loss
+from llama32.train.loop import next_token_loss
 from tests.checkpoints import random_model, tiny_config
 from tests.processes import in_processes
 
