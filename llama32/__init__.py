@@ -31,6 +31,7 @@ from llama32.engine.draft import DraftModel
 from llama32.engine.engine import Engine
 from llama32.engine.lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
+from llama32.evaluate import Perplexity, perplexity, token_losses
 from llama32.llm import LLM
 from llama32.loading import load, load_model
 from llama32.model import Llama
@@ -51,6 +52,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "LoRA",
+    "Perplexity",
     "PromptLookup",
     "Result",
     "RopeScaling",
@@ -70,11 +72,13 @@ __all__ = [
     "mix",
     "optimize",
     "pattern",
+    "perplexity",
     "put_lora",
     "quantize",
     "remove_lora",
     "save",
     "save_lora",
+    "token_losses",
     "unmerge_lora",
     "using_lora",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `llama32 generate | chat | serve | finetune | info | bench | download`.
+"""The command line: `llama32 generate | chat | serve | finetune | perplexity | info | bench | download`.
 
 What the library finds wrong with a request becomes one line and exit status 2. Any other exception
 is a bug and shows its traceback.
@@ -21,7 +21,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from llama32 import hub
+from llama32 import evaluate, hub
 from llama32.bench.plan import Form, PeerName, Plan, plan_for
 from llama32.bench.report import facts, footnote, rich_tables
 from llama32.bench.run import measure
@@ -38,7 +38,7 @@ from llama32.options import (
     sampling_changes,
 )
 from llama32.serve.settings import ServeSettings
-from llama32.terminal import complain, note, out, read_text, show_log, warn
+from llama32.terminal import TOKENS, bar, complain, note, out, read_file, read_text, show_log, warn
 from llama32.train.command import finetune
 from llama32.transcript import Result
 
@@ -208,6 +208,26 @@ def info(
     for table in tables(facts):
         out.print()
         out.print(table)
+
+
+@app.command()
+@options(source=Source, output=Output)
+def perplexity(
+    source: Source,
+    output: Output,
+    file: Annotated[Path, Argument(help="A text in UTF-8; - is standard input.")],
+    context: Annotated[int | None, Option(help="Tokens; by default 2048 or the model's.")] = None,
+    stride: Annotated[int | None, Option(help="Tokens; by default half the context.")] = None,
+) -> None:
+    """Tell how well a model predicts a text, read in windows that begin --stride tokens apart."""
+    text = read_file(file)
+    llm = source.load(bars=output.bars)
+    with bar("reading", TOKENS, output.bars) as move:
+        found = evaluate.perplexity(llm, text, context=context, stride=stride, on_progress=move)
+    if output.as_json:
+        print_json({"model": source.model, **found.facts})
+    else:
+        print(found)
 
 
 @app.command()

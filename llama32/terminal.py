@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
+from pathlib import Path
 from time import perf_counter
 
 import typer
@@ -164,6 +165,13 @@ def read_text(given: str | None, name: str) -> str:
     if given in (None, "-"):
         return decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
     return decode(os.fsencode(given), name)
+
+
+def read_file(file: Path) -> str:
+    """All of a file, or for "-" what is piped in."""
+    is_piped = str(file) == "-"
+    data = sys.stdin.buffer.read() if is_piped else file.read_bytes()
+    return decode(data, "stdin" if is_piped else str(file))
 
 
 def decode(data: bytes, name: str) -> str:

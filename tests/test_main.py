@@ -33,7 +33,7 @@ def caller(tmp_path_factory) -> Path:
 
 def test_help_shows_every_command_also_where_none_is_named():
     for result in (run("--help"), run("-h"), run()):
-        for command in ("generate", "chat", "info", "download"):
+        for command in ("generate", "chat", "info", "perplexity", "download"):
             assert command in result.stdout + result.stderr
 
 
@@ -274,6 +274,55 @@ def test_each_line_piped_in_is_a_turn_of_one_dialog(folder):
     history = [{"role": "user", "content": "Hello"}, first["message"]]
     history += [{"role": "user", "content": "And?"}]
     assert second["usage"]["prompt_tokens"] == len(chat.encode(history))
+
+
+# perplexity
+
+
+def test_a_text_is_measured_as_the_library_does(folder, tmp_path):
+    file = tmp_path / "text"
+    file.write_text("abcdef, Ästhetik\n")
+    found = llama32.perplexity(load(folder), file.read_text())
+    result = run("perplexity", file, "-m", folder)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{found}\n", "")
+    for part in (f"perplexity {found.perplexity:.3f},", "(18 tokens, context 2,048, stride 1,024)"):
+        assert part in result.stdout
+
+
+def test_windows_are_as_asked_and_json_holds_it_all(folder):
+    args = ("perplexity", "-", "-m", folder, "--context", 8, "--stride", 3, "--json")
+    [said] = json_of(run(*args, stdin="abcdeé\n" * 3))
+    found = llama32.perplexity(load(folder), "abcdeé\n" * 3, context=8, stride=3)
+    assert said == {
+        "model": str(folder),
+        "perplexity": found.perplexity,
+        "nats_per_token": found.nats_per_token,
+        "bits_per_byte": found.bits_per_byte,
+        "num_tokens": 24,
+        "num_bytes": 24,
+        "context": 8,
+        "stride": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "complaint"),
+    [
+        (b"", [], "text: it is empty"),
+        (b"a\xff", [], "stdin: not UTF-8 (byte 0xff at 1)"),
+        (b"abc", ["--stride", 0], "stride is 0, allowed: 1 to the context, 2048"),
+        (b"abc", ["--context", CONTEXT + 1], "context is 2049, allowed: 1 to the model's 2048"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(folder, text, args, complaint):
+    assert complaint in error_of(run("perplexity", "-", "-m", folder, *args, stdin=text))
+
+
+def test_a_file_that_is_missing_or_no_text_is_named(folder, tmp_path):
+    file = tmp_path / "text"
+    assert f"No such file or directory: '{file}'" in error_of(run("perplexity", file, "-m", folder))
+    file.write_bytes(b"\xff")
+    assert f"{file}: not UTF-8" in error_of(run("perplexity", file, "-m", folder))
 
 
 # download, and the model that comes along
