@@ -40,7 +40,7 @@ FLOORS = (
     ("serve.answering",),
     ("serve.app",),
     ("serve.server",),
-    ("bench.turns", "bench.gguf", "bench.plan"),
+    ("bench.turns", "bench.gguf", "bench.plan", "harness"),
     ("bench.contenders", "bench.run"),
     ("bench.worker", "bench.report"),
     ("__init__", "info", "terminal"),
