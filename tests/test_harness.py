@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama32
-from llama32.harness import Harness, sampling_of
+from llama32.harness import Harness, sampling_of, score
 from llama32.loading import load
 from llama32.settings import Sampling
 from tests.alphabet import alphabet_checkpoint
@@ -201,6 +201,13 @@ def test_nothing_asked_is_nothing_answered(abc):
         assert ask(abc, kind) == []
 
 
+def test_low_precision_ends_at_the_logits():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logprobs = logits.float().log_softmax(-1)
+    found, _ = score(logits, [7, 9])
+    assert found == pytest.approx((logprobs[1, 7] + logprobs[2, 9]).item(), abs=1e-5)
+
+
 def test_a_continuation_without_tokens_of_its_own_is_refused(ours):
     with pytest.raises(ValueError, match=r"0 tokens.*let it begin with a space"):
         ask(ours, "loglikelihood", ("She saw a wonder", "ful"))
@@ -212,18 +219,19 @@ def test_choices_of_one_token_share_a_row_and_padding_changes_nothing(ours, monk
     pairs = [("The dog", f" {word}") for word in ("ran", "sat", "saw", "was happy today")]
     pairs += [("One day, the little cat", " ran"), ("", "A")]
     alone = [ask(ours, "loglikelihood", pair)[0] for pair in pairs]
-    batches, rows = [], []
+    shapes, rows = [], []
     forward = type(ours.llm.model).forward
 
     def listening(model, tokens, *args, **kwargs):
         logits = forward(model, tokens, *args, **kwargs)
-        batches.append(len(tokens))
+        shapes.append(tuple(tokens.shape))
         rows.append(len(logits))
         return logits
 
     monkeypatch.setattr(type(ours.llm.model), "forward", listening)
     assert_same(ask(ours, "loglikelihood", *pairs), alone)
-    assert batches == [3, 1]  # four inputs, of which the first answers three requests
+    # Four inputs, of which one answers three requests, and the longest first.
+    assert shapes == [(3, len(ours.tok_encode("One day, the little cat"))), (1, 1)]
     happy = len(ours.tok_encode(" was happy today", add_special_tokens=False))
     assert sum(rows) == 1 + happy + 1 + 1
 
@@ -244,6 +252,7 @@ def test_control_tokens_are_read_in_a_rendered_chat_alone(ours):
     end = ours.llm.tokenizer.special["<|eot_id|>"]
     assert end in ours.tok_encode(ours.apply_chat_template(DIALOG))
     assert end not in ours.tok_encode("A dog.<|eot_id|>")
+    assert ours.prefix_token_id not in ours.tok_encode(ours.begin, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("prompted", [True, False])
@@ -276,6 +285,8 @@ def test_without_a_begin_token_a_text_begins_with_what_there_is(tmp_path):
         [found] = ask(lm, "loglikelihood_rolling", ("abc",))
         [(alone, _)] = ask(lm, "loglikelihood", ("", "abc"))
         assert found == alone == pytest.approx(expected.item(), abs=1e-5)
+        empty, spaces = ask(lm, "loglikelihood", ("", " c"), (" ", "c"))
+        assert empty == spaces
         assert len(ask(lm, "generate_until", ("", until("b", 3)))) == 1
 
 
