@@ -172,7 +172,7 @@ def test_a_worker_that_fails_is_reported():
 
 
 def test_the_command_prints_tables_or_json(monkeypatch):
-    monkeypatch.setattr("llama32.__main__.measure", lambda plan: measured())
+    monkeypatch.setattr("llama32.bench.command.measure", lambda plan: measured())
     shown = run_command("bench", "--peer", "transformers", "--prompt", "64")
     assert "llama32, optimized" in shown.stdout
     assert "128.0" in shown.stdout
