@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 ADDRESS = "http://127.0.0.1:8000"
+TORCHRUN = "# torchrun "
 
 
 def blocks(language: str) -> list[str]:
@@ -27,7 +29,7 @@ def test_its_python_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves a model
     names: dict = {}
     for block in blocks("python"):
-        if ADDRESS not in block:
+        if ADDRESS not in block and TORCHRUN not in block:
             exec(compile(block, str(README), "exec"), names)
     assert names["logits"].shape == (1, names["tokens"].shape[1], names["model"].config.vocab_size)
     assert "'role': 'assistant'" in capsys.readouterr().out
@@ -41,8 +43,19 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder with the files that the commands speak of."""
+    folder = tmp_path_factory.mktemp("here")
+    (examples,) = blocks("json")
+    (folder / "data.jsonl").write_text(examples)
+    (folder / "README.md").write_text(README.read_text("utf-8"))
+    return folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_its_commands_run(command):
+def test_its_commands_run(command, here, monkeypatch):
+    monkeypatch.chdir(here)
     result = CliRunner().invoke(app, shlex.split(command)[1:], input="Hi\n")
     assert result.exit_code == 0, result.output
     assert result.output.strip()
@@ -76,8 +89,19 @@ def test_its_server_answers_its_client(served, capsys):
     names["client"].close()
 
 
+def test_its_script_for_two_processes_tells_one_story(tmp_path):
+    (block,) = [block for block in blocks("python") if TORCHRUN in block]
+    arguments = block.splitlines()[0].removeprefix(TORCHRUN).split()
+    (tmp_path / arguments[-1]).write_text(block)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    told = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    tokenizer = load("tiny").require_tokenizer()
+    assert 25 < len(tokenizer.encode(told)) < 40  # 32 tokens, or by a merge or two less, once
+
+
 def test_it_leads_through_files_that_exist():
     named = set(re.findall(r"\b\w+\.py\b", README.read_text("utf-8")))
     assert "model.py" in named
+    named.remove("story.py")  # which the reader writes
     folders = (README.parent / folder for folder in ("llama32", "tests", "weights", "benchmarks"))
     assert named <= {path.name for folder in folders for path in folder.rglob("*.py")}
