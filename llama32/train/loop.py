@@ -4,12 +4,15 @@ The loop owns no data and no model. It is given a `Llama`, of which it trains wh
 gradients (all of it, or an adapter inside), and the steps to go through (`data.py`).
 """
 
+import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,8 @@ from llama32.train.data import IGNORED, Data, Microbatch, Step, predicting
 from llama32.train.documents import Documents
 from llama32.train.recipe import Recipe, groups, learning_rate, trainable
 
+# What `torch.load` raises, and reading what it gives, where a file is none of ours.
+UNREADABLE = (RuntimeError, UnpicklingError, EOFError, AttributeError, LookupError)
 Forward = Callable[..., Tensor]  # a Llama, or a faster form of the same weights
 
 
@@ -149,6 +154,9 @@ class Run:
             if self.group is not None:
                 distributed.all_reduce(mean, group=self.group)
             seen = mean.item()
+            if not math.isfinite(seen):  # and the file keeps what was before
+                advice = "a lower peak_rate, or a longer warmup, may help"
+                raise FloatingPointError(f"training: the loss is {seen} by now; {advice}")
         self.curve.append(Point(self.num_steps, seen, unseen))
         self.losses.clear()
 
@@ -171,7 +179,7 @@ class Run:
         """Go on from the file, if there is one; ValueError where it is of another run."""
         saved: dict[str, Any] = {"model": {}, "optimizer": {}}
         if self.rank == 0 and self.file.exists():
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            saved = read(self.file)
         told = [{key: saved[key] for key in ("recipe", "step", "curve") if key in saved}]
         if self.group is not None:  # which of the processes has the file need not matter
             distributed.broadcast_object_list(told, group_src=0, group=self.group)
@@ -179,7 +187,7 @@ class Run:
         if not told:
             return
         now = said(self.recipe)
-        other = [f"{key} {was!r}" for key, was in told["recipe"].items() if was != now[key]]
+        other = [f"{key} {was!r}" for key, was in told["recipe"].items() if was != now.get(key)]
         if other:
             advice = "take another folder, or go on as it began"
             raise ValueError(f"{self.file} is of a run with {', '.join(other)}; {advice}")
@@ -188,11 +196,23 @@ class Run:
         self.curve = [Point(*point) for point in told["curve"]]
 
 
+def read(file: Path) -> dict[str, Any]:
+    """What `keep` has written; ValueError where a file holds something else."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        complete = {"recipe", "step", "curve", "model", "optimizer"} <= saved.keys()
+    except UNREADABLE:
+        complete = False
+    if not complete:
+        raise ValueError(f"{file}: not the checkpoint of a run; delete it to begin anew")
+    return saved
+
+
 @contextmanager
 def seeded(seed: str, device: torch.device) -> Iterator[None]:
     """Chance (dropout) that depends on the seed alone, and leaves no trace outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(seed.encode()) % 2**63)
+        torch.manual_seed(random.Random(seed).getrandbits(63))
         yield
 
 

@@ -117,6 +117,33 @@ def test_a_run_is_not_resumed_with_another_recipe_or_other_weights(tmp_path):
         train(model, counting(), UNSEEN, RECIPE, tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02N.", None])
+def test_a_file_that_is_no_checkpoint_of_a_run_is_named(tmp_path, content):
+    if content is None:
+        torch.save({"weights": torch.ones(3)}, tmp_path / "training.pt")
+    else:
+        (tmp_path / "training.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"training.pt: not the checkpoint of a run; delete it"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_kept(tmp_path):
+    steps = counting()
+
+    def until_broken(first: int) -> Iterator[Step]:
+        for number, step in enumerate(steps(first), start=first):
+            if number == 6:
+                model.norm.weight.data.fill_(math.nan)
+            yield step
+
+    model = fresh_model()
+    with pytest.raises(FloatingPointError, match="the loss is nan by now"):
+        train(model, until_broken, UNSEEN, RECIPE, tmp_path)
+    kept = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert kept["step"] == 4
+    assert all(weight.isfinite().all() for weight in kept["model"].values())
+
+
 def test_the_loss_is_the_mean_over_the_targets_of_a_step_however_it_is_cut(tmp_path):
     """The same weights after some steps, whether four rows go through at once or one by one."""
     recipe = replace(RECIPE, autocast=None)
