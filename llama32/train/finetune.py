@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llama32.llm import LLM
 from llama32.train.curve import draw_curve
-from llama32.train.data import Microbatch, fill, num_steps, packed, together
+from llama32.train.data import Example, fill, num_steps, packed, together
 from llama32.train.examples import DATE, Examples, Record, read_records, to_examples
 from llama32.train.loop import Point, train
 from llama32.train.recipe import Recipe
@@ -48,61 +48,55 @@ def finetune(
     folder = Path(folder)
     if context is None:
         context = min(llm.model.config.max_position_embeddings, 2048)
-    given = read(records)
-    if isinstance(held_out, float | int):
-        given, unseen = split(given, held_out, recipe.get("seed", 0))
-    else:
-        unseen = read(held_out)
-    found = prepare(llm, given, context, date)
-    if not found.examples:
-        raise ValueError("finetune: there is nothing to learn in these records")
     seed = recipe.setdefault("seed", 0)
-    steps = num_steps(found.examples, context, batch, epochs, seed)
+    found = prepare(llm, records, context, date)
+    if isinstance(held_out, float | int):
+        examples, unseen = split(found.examples, held_out, seed)
+    else:
+        examples, unseen = found.examples, prepare(llm, held_out, context, date).examples
+    if not examples:
+        raise ValueError("finetune: there is nothing to learn in these records")
+    steps = num_steps(examples, context, batch, epochs, seed)
     defaults: dict[str, Any] = {"warmup": -(-steps // 20), "save_every": max(1, steps // 20)}
-    defaults["data"] = sha256(repr((found.examples, context, batch, at_once)).encode()).hexdigest()
+    defaults["data"] = sha256(repr((examples, context, batch, at_once)).encode()).hexdigest()
     settings = Recipe(**{"steps": steps, **defaults, **recipe})
-    logger.info("%s", about(found, settings.steps, context))
-    data = packed(found.examples, context, batch, at_once, seed)
-    rows = rows_of(prepare(llm, unseen, context, date), context)
+    logger.info("%s", about(examples, settings.steps) + shortened(found, context))
+    data = packed(examples, context, batch, at_once, seed)
+    rows = [together(row) for row in fill(unseen, context, seed=0, epoch=0)]
     curve = train(llm.model, data, rows, settings, folder, mesh=mesh)
     if mesh is None or mesh.get_rank() == 0:
-        title = f"{len(found.examples):,} examples, {epochs} epochs"
+        title = f"{len(examples):,} examples, {epochs} epochs"
         draw_curve(curve, folder / "curve.png", title)
     return curve
 
 
-def read(records: str | Path | Sequence[Record]) -> list[Record]:
-    """A file's, or those given."""
-    return read_records(Path(records)) if isinstance(records, str | Path) else [*records]
+def prepare(llm: LLM, records: str | Path | Sequence[Record], context: int, date: str) -> Examples:
+    """A file's, or those given, as the model will see them."""
+    given = read_records(Path(records)) if isinstance(records, str | Path) else records
+    return to_examples(given, llm.require_tokenizer(), llm.chat_format, context, date)
 
 
-def split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """A share of the records, by chance, taken apart from the rest; both in their order."""
+def split(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """All but a share of them, and that share, which is drawn; both in their order."""
     if not 0 <= share < 1:
         raise ValueError(f"held_out is {share}, allowed: from 0 up to below 1")
-    apart = {*random.Random(seed).sample(range(len(records)), round(share * len(records)))}
-    kept = [record for i, record in enumerate(records) if i not in apart]
-    return kept, [record for i, record in enumerate(records) if i in apart]
+    apart = {*random.Random(seed).sample(range(len(examples)), round(share * len(examples)))}
+    kept = [example for i, example in enumerate(examples) if i not in apart]
+    return kept, [example for i, example in enumerate(examples) if i in apart]
 
 
-def prepare(llm: LLM, records: list[Record], context: int, date: str) -> Examples:
-    """As the model will see them."""
-    return to_examples(records, llm.require_tokenizer(), llm.chat_format, context, date)
-
-
-def rows_of(found: Examples, context: int) -> list[Microbatch]:
-    """All of them, packed once."""
-    return [together(row) for row in fill(found.examples, context, seed=0, epoch=0)]
-
-
-def about(found: Examples, steps: int, context: int) -> str:
+def about(examples: Sequence[Example], steps: int) -> str:
     """What is learned from, in one line."""
-    tokens = sum(len(example.ids) for example in found.examples)
-    learned = sum(sum(example.learned) for example in found.examples)
-    line = f"{len(found.examples):,} examples, {tokens:,} tokens, {learned / tokens:.0%} of them "
-    line += f"to be learned; {steps:,} steps"
-    if found.num_cut:
-        line += f"; {found.num_cut:,} examples are cut to {context:,} tokens"
-    if found.num_lost:
-        line += f"; {found.num_lost:,} are left out, too long for their answer"
-    return line
+    tokens = sum(len(example.ids) for example in examples)
+    learned = sum(sum(example.learned) for example in examples)
+    share = f"{learned / tokens:.0%} of them to be learned"
+    return f"{len(examples):,} examples, {tokens:,} tokens, {share}; {steps:,} steps"
+
+
+def shortened(found: Examples, context: int) -> str:
+    """What became of those that were too long; nothing if there were none."""
+    line = f"; {found.num_cut:,} examples are cut to {context:,} tokens" if found.num_cut else ""
+    lost = f"; {found.num_lost:,} are left out, too long for their answer" if found.num_lost else ""
+    return line + lost

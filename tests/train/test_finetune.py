@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 import llama32
 from llama32 import add_lora, hub
-from llama32.train.examples import Record
+from llama32.train.data import Example
 from llama32.train.finetune import finetune, split
 from tests.commands import error_of, run
 
@@ -62,14 +63,25 @@ def test_a_run_is_not_resumed_with_other_records(tmp_path):
 
 
 def test_a_share_is_held_out_by_chance_and_kept_in_order():
-    records: list[Record] = [{"text": str(i)} for i in range(40)]
-    kept, apart = split(records, 0.1, seed=0)
+    examples = [Example([i], [True]) for i in range(40)]
+    kept, apart = split(examples, 0.1, seed=0)
     assert len(apart) == 4
-    assert sorted(kept + apart, key=lambda record: int(record["text"])) == records
-    assert kept == [record for record in records if record not in apart]
-    assert split(records, 0.1, seed=1)[1] != apart
+    assert sorted(kept + apart) == examples
+    assert kept == [example for example in examples if example not in apart]
+    assert apart == sorted(apart)
+    assert split(examples, 0.1, seed=1)[1] != apart
     with pytest.raises(ValueError, match="held_out is 1"):
-        split(records, 1.0, seed=0)
+        split(examples, 1.0, seed=0)
+
+
+def test_what_was_too_long_is_told(tmp_path, caplog):
+    llm = load()
+    add_lora(llm.model, rank=1, targets=["q_proj"])
+    caplog.set_level(logging.INFO)
+    long = {"messages": [{"role": "user", "content": "so " * 90}, RECORDS[0]["messages"][1]]}
+    records = [{"text": "so " * 90}, {"text": "Once"}, long]
+    finetune(llm, records, tmp_path, held_out=0.0, context=64, epochs=1)
+    assert "; 1 examples are cut to 64 tokens; 1 are left out, too long for" in caplog.text
 
 
 def test_without_examples_there_is_nothing_to_do(tmp_path):
