@@ -110,6 +110,9 @@ def finetune(
         raise ValueError(f'{error}; pip install "llama32[train]"') from None
     if source.optimize:
         raise ValueError("--optimize packs weights for use, not for training")
+    if source.lora and not adapter.full:
+        advice = "train with --full, or save the merged model first"
+        raise ValueError(f"--lora: a new adapter would be of no use without that one; {advice}")
     if adapter.full:
         if source.quantize:
             raise ValueError("--full needs weights in fp32: leave out --quantize, or --full")

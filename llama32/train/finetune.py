@@ -46,8 +46,7 @@ def finetune(
     the learning curve.
     """
     folder = Path(folder)
-    if context is None:
-        context = min(llm.model.config.max_position_embeddings, 2048)
+    context = usable(context, llm)
     seed = recipe.setdefault("seed", 0)
     found = prepare(llm, records, context, date)
     if isinstance(held_out, float | int):
@@ -68,6 +67,16 @@ def finetune(
         title = f"{len(examples):,} examples, {epochs} epochs"
         draw_curve(curve, folder / "curve.png", title)
     return curve
+
+
+def usable(context: int | None, llm: LLM) -> int:
+    """The context, as given or by default. ValueError where the model has no such."""
+    limit = llm.model.config.max_position_embeddings
+    if context is None:
+        return min(limit, 2048)
+    if not 1 <= context <= limit:
+        raise ValueError(f"context is {context}, allowed: 1 to the model's {limit}")
+    return context
 
 
 def prepare(llm: LLM, records: str | Path | Sequence[Record], context: int, date: str) -> Examples:

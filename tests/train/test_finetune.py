@@ -84,6 +84,13 @@ def test_what_was_too_long_is_told(tmp_path, caplog):
     assert "; 1 examples are cut to 64 tokens; 1 are left out, too long for" in caplog.text
 
 
+def test_what_the_model_or_the_loop_cannot_do_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="context is 2000, allowed: 1 to the model's 1024"):
+        finetune(load(), RECORDS, tmp_path, context=2000)
+    with pytest.raises(ValueError, match="batch 0, epochs 3; both are 1 or more"):
+        finetune(load(), RECORDS, tmp_path, batch=0)
+
+
 def test_without_examples_there_is_nothing_to_do(tmp_path):
     with pytest.raises(ValueError, match="nothing to learn"):
         finetune(load(), [], tmp_path, held_out=0.0)
@@ -144,5 +151,6 @@ def test_the_command_refuses_what_cannot_be_trained(tmp_path, data):
     assert "leave out --quantize" in error_of(
         run("finetune", data, *out, "--full", "--quantize", "int8")
     )
+    assert "of no use without that one" in error_of(run("finetune", data, *out, "--lora", tmp_path))
     assert "no linear layer is called" in run("finetune", data, *out, "--target", "x_proj").stderr
     assert hub.resolve("tiny").exists()
