@@ -99,7 +99,7 @@ def of_dialog(record: Record, chat: Chat, date: str) -> Example:
     return Example(ids, learned)
 
 
-def of_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Example:
+def of_texts(texts: Sequence[Any], tokenizer: Tokenizer) -> Example:
     """A prompt, and what is learned to come after it: encoded apart, as a prompt will be."""
     if bad := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f"expected a text, got {bad[0]!r:.60}")
