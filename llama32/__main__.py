@@ -173,6 +173,9 @@ def serve(source: Source, settings: ServeSettings, engine: EngineSettings) -> No
     run(app, settings, lambda url: note(f"{source.model}: {url}/v1 for clients, {url}/ to look"))
 
 
+app.command()(finetune)
+
+
 def read_tools(file: Path) -> list[Any]:
     """A list of descriptions, or a single one."""
     try:
@@ -228,6 +231,9 @@ def perplexity(
         print(found)
 
 
+app.command()(bench)
+
+
 @app.command("download")
 def fetch(
     repo: Annotated[str, Argument(help="Such as meta-llama/Llama-3.2-1B-Instruct.")],
@@ -242,10 +248,6 @@ def fetch(
     command = "chat" if describe(folder)["chat_format"] else 'generate "Once upon a time"'
     model = shlex.quote(str(folder)) if to or revision else repo
     note(f"next: llama32 {command} --model {model}")
-
-
-app.command()(bench)
-app.command()(finetune)
 
 
 def main() -> None:
