@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from llama32 import load_model
+from llama32 import load, load_model
 from llama32.engine.draft import DraftModel
 from llama32.engine.engine import Engine
 from llama32.engine.lookup import PromptLookup
@@ -39,14 +39,15 @@ def model(request) -> Llama:
 @pytest.fixture(scope="module")
 def asked() -> list[Asked]:
     """Requests of all lengths and kinds: greedy and drawn, around the borders of blocks and pages,
-    one with a page in common with others."""
+    some with a page in common with others, and one that says the same again and again."""
     r = random.Random(5)
     common = [r.randrange(2000) for _ in range(130)]
+    again = load("tiny").encode("They climbed the tree. " * 20)
     lengths = [1, 2, 63, 64, 65, 66, 128, 129, 130, 200]
     requests = []
     for i in range(NUM_REQUESTS):
         n = lengths[i] if i < len(lengths) else r.randrange(1, 150)
-        own = [r.randrange(2000) for _ in range(n)]
+        own = again[:n] if i == 3 else [r.randrange(2000) for _ in range(n)]
         sampling = Sampling(
             temperature=0 if i % 3 == 0 else 0.9,
             top_p=0.95 if i % 3 == 2 else None,
