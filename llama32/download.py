@@ -15,18 +15,15 @@ from huggingface_hub.errors import (
 from llama32.checkpoint import inspect
 from llama32.config import LlamaConfig
 from llama32.files import read_json
+from llama32.layouts import BESIDE, HUB_FILE, HUB_INDEX
 
 # Repositories repeat their weights in other formats; only these files are downloaded.
 HUB_LAYOUT = (
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors",
+    *BESIDE,
+    HUB_FILE,
     "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
+    HUB_INDEX,
 )
 META_LAYOUT = (
     "params.json",

@@ -20,6 +20,13 @@ Layout = Literal["hub", "meta"]
 HUB_FILE = "model.safetensors"
 HUB_INDEX = "model.safetensors.index.json"
 META_FILES = "consolidated.*.pth"
+BESIDE = (  # of the Hub's layout, what tells how to use the weights
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 class Name(NamedTuple):

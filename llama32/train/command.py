@@ -12,14 +12,13 @@ from typer import Argument, Option
 from llama32 import hub
 from llama32.adapt.lora import LINEARS, LoRA, add_lora
 from llama32.adapt.peft import save_lora
+from llama32.layouts import BESIDE
 from llama32.llm import LLM
 from llama32.options import Dtype, Source, options
 from llama32.saving import save
 from llama32.terminal import note, out, show_log
+from llama32.train.examples import DATE
 
-# What belongs to a checkpoint beside its weights and their config.json.
-BESIDE = "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-BESIDE += "generation_config.json chat_template.jinja"
 about_adapter = partial(Option, rich_help_panel="Adapter")
 about_training = partial(Option, rich_help_panel="Training")
 
@@ -69,10 +68,10 @@ class Training:
     held_out: Annotated[
         float, about_training(min=0, max=0.9, help="Share of the examples not learned from.")
     ] = 0.05
-    date: Annotated[str, about_training(help="What dialogs take for today.")] = "26 Jul 2024"
+    date: Annotated[str, about_training(help="What dialogs take for today.")] = DATE
     seed: Annotated[int, about_training(help="Of the order, the adapter and dropout.")] = 0
     recompute: Annotated[
-        bool, about_training("--recompute", help="Less memory, a third more time.")
+        bool, about_training("--recompute", help="Less memory: layers run forward twice.")
     ] = False
     fp32: Annotated[bool, about_training("--fp32", help="Multiply matrices in fp32, not bf16.")] = (
         False
@@ -139,6 +138,6 @@ def write_model(llm: LLM, base: Path, folder: Path) -> None:
     """All weights, in the dtype that they came in, and what belongs to them."""
     stored = llm.model.config.dtype
     save(llm.model.to(getattr(torch, stored)) if stored else llm.model, folder)
-    for name in BESIDE.split():
+    for name in (*BESIDE, "tokenizer.model"):
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)

@@ -26,7 +26,7 @@ class Recipe:
     data: str = ""  # what tells it from other data: a run goes on with the same only
     save_every: int = 300  # steps between held-out loss, and a checkpoint to resume from
     autocast: torch.dtype | None = torch.bfloat16  # of matrix products; the weights stay fp32
-    recompute: bool = False  # layers keep no activations: less memory, a third more time
+    recompute: bool = False  # layers keep no activations and run forward twice: less memory
 
 
 def initialize(model: Llama, seed: int = 0) -> None:
