@@ -1,4 +1,4 @@
-"""Write a checkpoint of a published shape with random weights, to measure what real ones cost.
+"""Write a checkpoint of a published shape with random weights, to benchmark without a download.
 
 python benchmarks/make_random.py 1B folder
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from llama32.checkpoint import inspect
+from llama32.checkpoint.reader import inspect
+from llama32.checkpoint.writer import save
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
-from llama32.saving import save
-from llama32.train.recipe import initialize
+from llama32.train.config import initialize
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,
@@ -60,12 +60,12 @@ SHAPES = {
 
 
 def random_model(config: LlamaConfig, seed: int) -> Llama:
-    """Weights are drawn in bf16 one by one, so there is never more in memory than the model."""
+    """Return a model with weights drawn in bf16 one by one: memory never exceeds the model."""
     with torch.device("meta"):
         model = Llama(config).bfloat16()
     model.to_empty(device="cpu")
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed.weight  # to_empty gives each its own
+        model.lm_head.weight = model.embed.weight  # to_empty unties the weights
     initialize(model, seed)
     return model
 

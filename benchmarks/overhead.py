@@ -1,11 +1,11 @@
-"""What the engine itself takes of a step: planning, keeping books, building the batch's tensors.
+"""Engine overhead per step: scheduling, bookkeeping, and building the batch tensors.
 
 python benchmarks/overhead.py [--steps 200] [--runs 5] [--save]
 
-The model is one that answers at once with logits made beforehand, so that nothing of the model's
-time is in a step. Of what is left, drawing the tokens is told apart: it grows with the vocabulary
-(here 128,256, greedily), the rest does not. All that run are decoding, with contexts of about
-1,000 tokens. How turns are taken and disturbed runs rejected: see measuring.py.
+The model returns prepared logits at once, so a step contains no model time. Sampling is reported
+separately, because only its time grows with the vocabulary (here 128,256 tokens, greedy). All
+running requests decode, with contexts of about 1,000 tokens. measuring.py explains turns and
+rejected runs.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import RESULTS, circumstances, keep, table, timings
-from throughput import load, sampling
+from measuring import RESULTS, provenance, save_result, table, timings
+from throughput import greedy_sampling, load
 from torch import Tensor
 
-from llama32.bench.turns import Peer, Run, disturbance, take_turns
+from llama32.bench.interleave import Run, TimedCall, disturbance, interleave_in_process
 from llama32.engine import runner
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
@@ -32,28 +32,28 @@ CONTEXT = 1000
 CASES = ((1, 0), (8, 0), (64, 0), (64, 1_000), (64, 100_000))  # running, waiting
 
 
-class Instant(Llama):
+class InstantModel(Llama):
     """A model without arithmetic."""
 
-    answers: Tensor
+    logits: Tensor
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attends: Sequence[Any], **_: Any
+        self, tokens: Tensor, positions: Tensor, attention_fns: Sequence[Any], **_: Any
     ) -> Tensor:
-        _ = attends[0].batch.reads  # what attention needs, found out in the first layer
-        return self.answers[: len(tokens)]
+        _ = attention_fns[0].batch.kv_locations  # computed in the first layer, and part of the cost
+        return self.logits[: len(tokens)]
 
 
-def instant() -> Llama:
+def instant_model() -> Llama:
     tiny = load("tiny", torch.float32).config
     config = dataclasses.replace(tiny, vocab_size=VOCABULARY, max_position_embeddings=1 << 20)
-    model = Instant(config)
-    model.answers = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    model = InstantModel(config)
+    model.logits = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(0))
     return model
 
 
-class Clock:
-    """Seconds spent inside a function."""
+class CallTimer:
+    """A wrapper that adds up the seconds spent in a function."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -67,32 +67,39 @@ class Clock:
             self.seconds += time.perf_counter() - start
 
 
-def steps(model: Llama, running: int, waiting: int, count: int, drawing: Clock) -> Peer:
-    """`count` steps of decoding; the median of each, without drawing and of drawing."""
+def decode_call(
+    model: Llama, running: int, waiting: int, count: int, sampling: CallTimer
+) -> TimedCall:
+    """Return a call of `count` decode steps, with medians of engine and sampling time."""
 
     def run() -> tuple[float, tuple[float, float]]:
-        longest = CONTEXT + count + 300  # the first are at it while others' prompts are read
+        # Requests that start early decode while the prompts of later requests are read.
+        max_length = CONTEXT + count + 300
         settings = EngineSettings(
-            max_running=running, deterministic=False, cache_tokens=running * (longest + 64)
+            max_running=running, deterministic=False, cache_tokens=running * (max_length + 64)
         )
         engine = Engine.of(model, settings)
-        draw = random.Random(0)
+        rng = random.Random(0)
         for _ in range(running):
             engine.add(
-                [draw.randrange(VOCABULARY) for _ in range(CONTEXT)], sampling(longest - CONTEXT)
+                [rng.randrange(VOCABULARY) for _ in range(CONTEXT)],
+                greedy_sampling(max_length - CONTEXT),
             )
         while engine.stats.generated < running:
             engine.step()
         for _ in range(waiting):
-            engine.add([1], sampling(1))
-        wholes, draws = [], []
+            engine.add([1], greedy_sampling(1))
+        step_seconds, sampling_seconds = [], []
         for _ in range(count):
-            before, start = drawing.seconds, time.perf_counter()
+            before, start = sampling.seconds, time.perf_counter()
             engine.step()
-            wholes.append(time.perf_counter() - start)
-            draws.append(drawing.seconds - before)
-        of_engine = [whole - its for whole, its in zip(wholes, draws, strict=True)]
-        return sum(wholes), (statistics.median(of_engine), statistics.median(draws))
+            step_seconds.append(time.perf_counter() - start)
+            sampling_seconds.append(sampling.seconds - before)
+        engine_seconds = [
+            step - sampled for step, sampled in zip(step_seconds, sampling_seconds, strict=True)
+        ]
+        medians = statistics.median(engine_seconds), statistics.median(sampling_seconds)
+        return sum(step_seconds), medians
 
     return run
 
@@ -102,16 +109,18 @@ def milliseconds(runs: Sequence[Run], part: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what the engine takes of a step.")
+    parser = argparse.ArgumentParser(description="Measure the engine's overhead per step.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULTS.name}/")
+    parser.add_argument("--save", action="store_true", help=f"save the result in {RESULTS.name}/")
     options = parser.parse_args()
-    drawing = Clock(runner.draw)
-    runner.draw = drawing
-    model = instant()
-    peers = {case: steps(model, *case, options.steps, drawing) for case in CASES}
-    found = take_turns({f"{r} running, {w:,} waiting": peers[r, w] for r, w in peers}, options.runs)
+    sampling = CallTimer(runner.sample_next_tokens)
+    runner.sample_next_tokens = sampling
+    model = instant_model()
+    calls = {case: decode_call(model, *case, options.steps, sampling) for case in CASES}
+    results = interleave_in_process(
+        {f"{r} running, {w:,} waiting": calls[r, w] for r, w in calls}, options.runs
+    )
     rows = [
         [
             f"{running}",
@@ -119,19 +128,19 @@ def main() -> None:
             f"{milliseconds(runs, 0):.3f}",
             f"{milliseconds(runs, 1):.2f}",
         ]
-        for (running, waiting), runs in zip(CASES, found.values(), strict=True)
+        for (running, waiting), runs in zip(CASES, results.values(), strict=True)
     ]
-    head = ["running", "waiting", "engine, ms a step", "drawing, ms a step"]
+    head = ["running", "waiting", "engine, ms a step", "sampling, ms a step"]
     report = (
         f"Contexts of {CONTEXT:,} tokens, vocabulary {VOCABULARY:,}; medians of {options.steps} "
-        f"steps, then of {options.runs} runs.\n\n{table(head, rows)}\n\n{disturbance(found)}."
+        f"steps, then of {options.runs} runs.\n\n{table(head, rows)}\n\n{disturbance(results)}."
     )
     print(report)
     if options.save:
         command = f"benchmarks/overhead.py --steps {options.steps} --runs {options.runs} --save"
-        kept = {name: [run.result for run in runs] for name, runs in found.items()}
-        data = {"seconds, of the engine and of drawing": kept, "runs": timings(found)}
-        keep("overhead", report, circumstances(command), data)
+        medians = {name: [run.result for run in runs] for name, runs in results.items()}
+        data = {"seconds, of the engine and of sampling": medians, "runs": timings(results)}
+        save_result("overhead", report, provenance(command), data)
 
 
 if __name__ == "__main__":

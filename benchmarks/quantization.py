@@ -1,11 +1,11 @@
-"""What fewer bits cost in accuracy, against the same model in fp32, on texts it has not seen.
+"""Accuracy of quantized weights and caches, against the fp32 model, on held-out texts.
 
 python benchmarks/quantization.py TEXTS [--peer stories260K] [--save]
 
-For tiny (and for stories260K, of the folder that weights/measure_tiny.py describes): the mean
-divergence of the next token's distribution from fp32's, how often the likeliest token is the same,
-and perplexity. The error of weights is relative, over all linear layers of the blocks. Every form
-is taken that this machine can do.
+Measured for tiny, and for stories260K (the folder described in weights/measure_tiny.py): mean KL
+divergence of the next-token distribution from fp32, how often the most likely token is the same,
+and perplexity. The weight error is relative, over all linear layers of the transformer blocks.
+Every kernel that the machine supports is measured.
 """
 
 import argparse
@@ -17,30 +17,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import RESULTS, circumstances, keep, table
+from measuring import RESULTS, provenance, save_result, table
 from torch import nn
 from torch.nn.functional import kl_div, nll_loss
 
 import llama32
-from llama32.adapt.fused import Part
-from llama32.adapt.optimize import FORMS, ROWS, Choice, Optimizer, Trial, kind_of
-from llama32.adapt.packed import PackedLinear
-from llama32.adapt.quantize import SCHEMES
-from llama32.adapt.quantized import QuantizedLinear
-from llama32.adapt.tied import linear_layers
-from llama32.batch import Batch, Span
-from llama32.int8_cache import Int8Cache
+from llama32.cache.batch import Batch, Span
+from llama32.cache.int8_kv_cache import Int8Cache
+from llama32.kernels.autotune import KERNELS, ROWS, Autotuner, KernelChoice, Timing, layer_kind
+from llama32.kernels.fused_projections import ProjectionSlice
+from llama32.kernels.packed_linear import PackedLinear
 from llama32.model import Llama
+from llama32.quantization.quantize import SCHEMES
+from llama32.quantization.quantized_linear import QuantizedLinear
+from llama32.quantization.tied_embedding import linear_layer_names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-from make_tiny import read
+from make_tiny import read_stories
 from measure_tiny import encode_by_scores
 
 STORIES = 100
 
 
 class Score(NamedTuple):
-    """Of one form of a model."""
+    """Accuracy of a variant of a model."""
 
     weight_error: float
     divergence: float
@@ -48,109 +48,120 @@ class Score(NamedTuple):
     perplexity: float
 
 
-Run = Callable[[torch.Tensor], torch.Tensor]  # (1, T) -> (1, T, V)
+Forward = Callable[[torch.Tensor], torch.Tensor]  # (1, T) -> (1, T, V)
 
 
-def forms(folder: Path | str) -> Iterator[tuple[str, Llama, Run]]:
-    """The model in every form and how it is run, the fp32 one first; others compute in what it is
-    stored in."""
-    wide = llama32.load_model(folder, dtype=torch.float32)
-    yield "fp32", wide, wide
+def variants(folder: Path | str) -> Iterator[tuple[str, Llama, Forward]]:
+    """Yield title, model and forward function of every variant; the fp32 reference is first.
+
+    All other variants compute in the stored dtype.
+    """
+    reference = llama32.load_model(folder, dtype=torch.float32)
+    yield "fp32", reference, reference
     for scheme in (None, *SCHEMES):
         plain = llama32.load_model(folder, quantize=scheme)
         kind = scheme or str(plain.norm.weight.dtype).removeprefix("torch.")
         yield f"{kind}, plain", plain, plain
         if scheme is None:
             yield f"{kind}, keys and values in int8", plain, partial(with_int8_cache, plain)
-        for form in FORMS:
-            model = in_form(folder, scheme, form)
+        for kernel in KERNELS:
+            model = packed_model(folder, scheme, kernel)
             if model is not None:
-                yield f"{kind}, {form.title}", model, model
+                yield f"{kind}, {kernel.title}", model, model
 
 
 def with_int8_cache(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
-    """Every token sees the others, and itself, as the cache has rounded them."""
+    """Return logits computed with keys and values rounded by the int8 cache."""
     ids = tokens[0].tolist()
     cache = Int8Cache(model.config, -(-len(ids) // 64), 64, dtype=model.norm.weight.dtype)
-    batch = Batch.pack([Span(ids, 0, [*range(len(cache.free))])], 64)
-    return model(batch.tokens, batch.positions, cache.attends(batch)).unsqueeze(0)
+    batch = Batch.pack([Span(ids, 0, [*range(len(cache.free_pages))])], 64)
+    return model(batch.tokens, batch.positions, cache.attention_fns(batch)).unsqueeze(0)
 
 
-def in_form(folder: Path | str, scheme: str | None, form: type[PackedLinear]) -> Llama | None:
-    """With all layers that it fits in one form, the head of int4 in the usual one of int8; None
-    where it fits none of its blocks."""
+def packed_model(
+    folder: Path | str, scheme: str | None, kernel: type[PackedLinear]
+) -> Llama | None:
+    """Return the model with a kernel in all layers that the kernel supports, otherwise None.
+
+    The int8 head of an int4 model gets the default kernel.
+    """
     model = llama32.load_model(folder, quantize=scheme)
     layer: Any = model.get_submodule("layers.0.mlp.up_proj")
-    if not form.fits(layer):
+    if not kernel.supports(layer):
         return None
-    kind = kind_of(layer)
-    optimizer = Optimizer({kind: Choice(kind, [Trial(form, (0.0,) * len(ROWS))])})
-    for name in linear_layers(model):
-        optimizer.replace(model, name)
+    kind = layer_kind(layer)
+    tuner = Autotuner({kind: KernelChoice(kind, [Timing(kernel, (0.0,) * len(ROWS))])})
+    for name in linear_layer_names(model):
+        tuner.replace(model, name)
     return model.requires_grad_(False)
 
 
-def weights(model: Llama) -> dict[str, torch.Tensor]:
-    """Of the blocks' linear layers, in fp32."""
-    found = {}
+def linear_weights(model: Llama) -> dict[str, torch.Tensor]:
+    """Return the fp32 weights of all linear layers in the transformer blocks."""
+    weights = {}
     for name, part in model.layers.named_modules():
         if isinstance(part, nn.Linear):
-            found[name] = part.weight.detach().float()
+            weights[name] = part.weight.detach().float()
         elif isinstance(part, QuantizedLinear):
-            found[name] = part.dequantized()
-        elif isinstance(part, PackedLinear | Part):
-            found[name] = part.unpacked().float()
-    return found
+            weights[name] = part.dequantized()
+        elif isinstance(part, PackedLinear | ProjectionSlice):
+            weights[name] = part.unpacked().float()
+    return weights
 
 
 @torch.inference_mode()
-def score(model: Llama, run: Run, wide: Llama, texts: Sequence[Sequence[int]]) -> Score:
-    """Text by text, every token after the first."""
+def score(
+    model: Llama, forward: Forward, reference: Llama, texts: Sequence[Sequence[int]]
+) -> Score:
+    """Score a variant on every token after the first of each text."""
     divergence = agreement = loss = 0.0
     for ids in texts:
         tokens = torch.tensor([ids])
-        found = run(tokens)[0, :-1].float().log_softmax(-1)
-        wanted = wide(tokens)[0, :-1].log_softmax(-1)
-        divergence += kl_div(found, wanted, log_target=True, reduction="sum").item()
-        agreement += (found.argmax(-1) == wanted.argmax(-1)).sum().item()
-        loss += nll_loss(found, tokens[0, 1:], reduction="sum").item()
+        log_probs = forward(tokens)[0, :-1].float().log_softmax(-1)
+        expected = reference(tokens)[0, :-1].log_softmax(-1)
+        divergence += kl_div(log_probs, expected, log_target=True, reduction="sum").item()
+        agreement += (log_probs.argmax(-1) == expected.argmax(-1)).sum().item()
+        loss += nll_loss(log_probs, tokens[0, 1:], reduction="sum").item()
     steps = sum(len(ids) - 1 for ids in texts)
     return Score(
-        weight_error(model, wide), divergence / steps, agreement / steps, math.exp(loss / steps)
+        weight_error(model, reference),
+        divergence / steps,
+        agreement / steps,
+        math.exp(loss / steps),
     )
 
 
-def weight_error(model: Llama, wide: Llama) -> float:
-    """Over all: the size of what is missing as a part of the whole."""
+def weight_error(model: Llama, reference: Llama) -> float:
+    """Return the norm of the weight error relative to the norm of all weights; nan if unchanged."""
     try:
-        found = weights(model)
-    except NotImplementedError:  # it holds what the plain one does
+        weights = linear_weights(model)
+    except NotImplementedError:  # a kernel that cannot unpack holds the weights of the plain layer
         return math.nan
-    wanted = weights(wide)
-    missing = sum((found[name] - wanted[name]).square().sum() for name in wanted)
-    return float((missing / sum(weight.square().sum() for weight in wanted.values())) ** 0.5)
+    expected = linear_weights(reference)
+    error = sum((weights[name] - expected[name]).square().sum() for name in expected)
+    return float((error / sum(weight.square().sum() for weight in expected.values())) ** 0.5)
 
 
-def rows(found: Mapping[str, Score]) -> list[list[str]]:
+def score_rows(scores: Mapping[str, Score]) -> list[list[str]]:
     return [
         [
             name,
-            "as plain" if math.isnan(one.weight_error) else f"{one.weight_error:.4f}",
-            f"{one.divergence:.1e}",
-            f"{one.agreement:.2%}",
-            f"{one.perplexity:.3f}",
+            "as plain" if math.isnan(result.weight_error) else f"{result.weight_error:.4f}",
+            f"{result.divergence:.1e}",
+            f"{result.agreement:.2%}",
+            f"{result.perplexity:.3f}",
         ]
-        for name, one in found.items()
+        for name, result in scores.items()
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what quantization costs in accuracy.")
+    parser = argparse.ArgumentParser(description="Measure the accuracy of quantization.")
     parser.add_argument("texts", type=Path, help="folder with *_heldout.txt")
     parser.add_argument("--peer", type=Path, help="folder of stories260K")
-    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULTS.name}/")
+    parser.add_argument("--save", action="store_true", help=f"save the result in {RESULTS.name}/")
     options = parser.parse_args()
-    stories = read(options.texts, "*_heldout.txt")
+    stories = read_stories(options.texts, "*_heldout.txt")
     llm = llama32.load("tiny")
     assert llm.tokenizer is not None
     encoded = {"tiny": [llm.tokenizer.encode(story, bos=True) for story in stories]}
@@ -158,25 +169,27 @@ def main() -> None:
     if options.peer:
         encoded["stories260K"] = [encode_by_scores(story, options.peer) for story in stories]
         folders["stories260K"] = options.peer / "hf"
-    reports, kept = [], {}
+    reports, results = [], {}
     head = ["", "weight error", "mean KL from fp32", "same choice", "perplexity"]
     for name, folder in folders.items():
-        each = forms(folder)
-        _, wide, _ = next(each)
-        limit = wide.config.max_position_embeddings
+        models = variants(folder)
+        _, reference, _ = next(models)
+        limit = reference.config.max_position_embeddings
         texts = [ids for ids in encoded[name] if len(ids) <= limit][:STORIES]
-        found = {"fp32": score(wide, wide, wide, texts)}
-        found |= {title: score(model, run, wide, texts) for title, model, run in each}
+        scores = {"fp32": score(reference, reference, reference, texts)}
+        scores |= {
+            title: score(model, forward, reference, texts) for title, model, forward in models
+        }
         tokens = sum(len(ids) - 1 for ids in texts)
         title = f"{name}, {len(texts)} stories, {tokens:,} tokens:"
-        reports.append(f"{title}\n\n{table(head, rows(found))}")
-        kept[name] = {title: one._asdict() for title, one in found.items()}
+        reports.append(f"{title}\n\n{table(head, score_rows(scores))}")
+        results[name] = {title: result._asdict() for title, result in scores.items()}
     report = "\n\n".join(reports)
     print(report)
     if options.save:
         peer = " --peer stories260K" if options.peer else ""
         command = f"benchmarks/quantization.py TEXTS{peer} --save"
-        keep("quantization", report, circumstances(command), kept)
+        save_result("quantization", report, provenance(command), results)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""What drafts save: how many are right, and the speed with them beside that without.
+"""Speculative decoding: acceptance of draft tokens, and speed with and without drafts.
 
 python benchmarks/speculation.py [--new 300] [--runs 3] [--save]
 
-On `tiny`, in fp32, one request and eight at once, three tasks:
+Three tasks on `tiny` in fp32, with a single request and with eight at once:
 
-- repetition: a sentence six times over, which the model goes on with, greedily. The best case there
-  is for prompt lookup, as a text is that quotes or corrects another;
-- stories, greedily: eight beginnings of stories; where one ends, another begins;
-- stories, drawn: the same with the checkpoint's own settings.
+- repetition: a sentence repeated six times, which the model continues greedily. The best case for
+  prompt lookup, like a text that quotes or corrects another text;
+- stories, greedily: eight beginnings of stories; after the end of a story another story begins;
+- stories, drawn: the same beginnings with the checkpoint's default sampling.
 
-The peers: no drafts; prompt lookup; the first half of the model's own layers as a draft model; and
-the whole model in bf16, which is nearly always right and takes as long as the model itself. No real
-pair of models can be had here, so the latter two only show that drafts come and are verified at
-what cost: neither is cheap and good, as 1B is for 3B. Outputs must be the same with all of them.
-How turns are taken and disturbed runs rejected: see measuring.py.
+Compared are: no drafts; prompt lookup; the first half of the model's layers as draft model; and the
+whole model in bf16 as draft model, with almost full acceptance but as slow as the target. No real
+pair of models was available, so the two draft models only show the cost of drafting and
+verification: neither is both cheap and accurate, as 1B is for 3B. All outputs must be equal.
+measuring.py explains turns and rejected runs.
 """
 
 import argparse
@@ -23,14 +23,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from measuring import RESULTS, bf16_note, circumstances, keep, table, timings
+from measuring import RESULTS, bf16_note, provenance, save_result, table, timings
 
 import llama32
-from llama32.bench.turns import Peer, Run, disturbance, median, take_turns
+from llama32.bench.interleave import (
+    Run,
+    TimedCall,
+    disturbance,
+    interleave_in_process,
+    median_seconds,
+)
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings, Speculation
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 
 BEGINNINGS = (
     "Once upon a time",
@@ -56,7 +62,7 @@ NONE = "none"
 
 
 class Outcome(NamedTuple):
-    """What one run gave."""
+    """Outputs and draft counts of a run."""
 
     outputs: list[list[int]]
     drafted: int
@@ -64,7 +70,7 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What all peers are asked to do."""
+    """A workload: prompts and sampling."""
 
     prompts: Sequence[Sequence[int]]
     sampling: Sampling
@@ -88,7 +94,7 @@ def tasks(llm: llama32.LLM, new: int) -> dict[str, Task]:
 
 
 def first_half(model: Llama) -> Llama:
-    """The same without the other layers."""
+    """Return a model with the first half of the layers."""
     layers = model.config.num_hidden_layers // 2
     half = Llama(dataclasses.replace(model.config, num_hidden_layers=layers))
     weights = model.state_dict()
@@ -96,8 +102,8 @@ def first_half(model: Llama) -> Llama:
     return half.to(model.norm.weight.dtype)
 
 
-def by(model: Llama, speculation: Speculation | None, task: Task, count: int) -> Peer:
-    """The first `count` requests of a task, all at once."""
+def task_call(model: Llama, speculation: Speculation | None, task: Task, count: int) -> TimedCall:
+    """Return a call of the first `count` requests of a task, all at once."""
     engine = Engine.of(model, EngineSettings(speculation=speculation, deterministic=True))
 
     def run() -> tuple[float, Outcome]:
@@ -120,23 +126,23 @@ def by(model: Llama, speculation: Speculation | None, task: Task, count: int) ->
     return run
 
 
-def row(case: str, name: str, runs: Sequence[Run], without: Sequence[Run]) -> list[str]:
-    found: Outcome = runs[0].result
-    tokens = sum(map(len, found.outputs))
-    rate, plain = tokens / median(runs), tokens / median(without)
-    if found.outputs != without[0].result.outputs:
-        raise RuntimeError(f"{case}: with drafts of {name} the outputs are others")
-    accepted = f"{found.accepted / found.drafted:.0%}" if found.drafted else ""
-    # Of one request; several wait for the last of them.
-    in_a_step = tokens / (tokens - found.accepted)
-    return [case, name, accepted, f"{in_a_step:.2f}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
+def result_row(case: str, name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
+    outcome: Outcome = runs[0].result
+    tokens = sum(map(len, outcome.outputs))
+    rate, plain = tokens / median_seconds(runs), tokens / median_seconds(baseline)
+    if outcome.outputs != baseline[0].result.outputs:
+        raise RuntimeError(f"{case}: drafts ({name}) changed the outputs")
+    accepted = f"{outcome.accepted / outcome.drafted:.0%}" if outcome.drafted else ""
+    # Per request; a batch runs until the last request ends.
+    tokens_per_step = tokens / (tokens - outcome.accepted)
+    return [case, name, accepted, f"{tokens_per_step:.2f}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what speculative decoding saves.")
-    parser.add_argument("--new", type=int, default=300, help="tokens of each request")
+    parser = argparse.ArgumentParser(description="Measure speculative decoding.")
+    parser.add_argument("--new", type=int, default=300, help="tokens per request")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULTS.name}/")
+    parser.add_argument("--save", action="store_true", help=f"save the result in {RESULTS.name}/")
     options = parser.parse_args()
     llm = llama32.load("tiny", device="cpu", dtype=torch.float32)
     drafts: dict[str, Speculation | None] = {
@@ -148,26 +154,32 @@ def main() -> None:
         ),
     }
     rows: list[list[str]] = []
-    found: dict[str, list[Run]] = {}
+    results: dict[str, list[Run]] = {}
     for task_name, task in tasks(llm, options.new).items():
         for count in (1, len(task.prompts)):
             case = f"{task_name}, {count}"
-            peers = {name: by(llm.model, each, task, count) for name, each in drafts.items()}
-            turns = take_turns(peers, options.runs)
-            rows += [row(case, name, runs, turns[NONE]) for name, runs in turns.items()]
-            found |= {f"{case}: {name}": runs for name, runs in turns.items()}
-    head = ["task, requests", "drafts", "right", "tokens a step", "tokens/s", "to none"]
+            calls = {
+                name: task_call(llm.model, speculation, task, count)
+                for name, speculation in drafts.items()
+            }
+            runs_by_drafts = interleave_in_process(calls, options.runs)
+            baseline = runs_by_drafts[NONE]
+            rows += [
+                result_row(case, name, runs, baseline) for name, runs in runs_by_drafts.items()
+            ]
+            results |= {f"{case}: {name}": runs for name, runs in runs_by_drafts.items()}
+    head = ["task, requests", "drafts", "accepted", "tokens a step", "tokens/s", "relative to none"]
     report = (
-        f"tiny, fp32, deterministic: {options.new} tokens to each request; medians of "
-        f"{options.runs} runs. Outputs are the same in all.\n\n{table(head, rows)}\n\n"
-        f"{disturbance(found)}. {bf16_note()}"
+        f"tiny, fp32, deterministic: {options.new} tokens per request; medians of "
+        f"{options.runs} runs. All outputs are equal.\n\n{table(head, rows)}\n\n"
+        f"{disturbance(results)}. {bf16_note()}"
     ).rstrip()
     print(report)
     if options.save:
         command = f"benchmarks/speculation.py --new {options.new} --runs {options.runs} --save"
-        counts = {name: runs[0].result[1:] for name, runs in found.items()}
-        data = {"drafted, right": counts, "runs": timings(found)}
-        keep("speculation", report, circumstances(command), data)
+        counts = {name: runs[0].result[1:] for name, runs in results.items()}
+        data = {"drafted, accepted": counts, "runs": timings(results)}
+        save_result("speculation", report, provenance(command), data)
 
 
 if __name__ == "__main__":

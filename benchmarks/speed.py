@@ -1,6 +1,6 @@
-"""`llama32 bench` on a folder, with its tables kept in results/.
+"""`llama32 bench` on a folder, with the tables saved in results/.
 
-python benchmarks/speed.py FOLDER [--contenders "llama32, optimized" "llama.cpp, BF16" ...]
+python benchmarks/speed.py FOLDER [--backends "llama32, optimized" "llama.cpp, BF16" ...]
 """
 
 import argparse
@@ -8,13 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from measuring import RESULTS, circumstances, keep
+from measuring import RESULTS, provenance, save_result
 
 from llama32.bench.plan import Plan
-from llama32.bench.report import facts, footnote, tables
+from llama32.bench.report import footnote, tables, to_dict
 from llama32.bench.run import measure
 
-USUAL = (
+DEFAULT_BACKENDS = (
     "llama32, optimized",
     "llama32, int8",
     "llama32, plain",
@@ -25,40 +25,46 @@ USUAL = (
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
 
 
-def command(options: argparse.Namespace) -> str:
-    """To measure the same again."""
-    contenders = " ".join(f'"{one}"' for one in options.contenders)
+def command_line(options: argparse.Namespace) -> str:
+    """Return the command to repeat the measurement."""
+    backends = " ".join(f'"{backend}"' for backend in options.backends)
     numbers = (f"--{k} {' '.join(map(str, getattr(options, k)))}" for k in ("batches", "prompts"))
-    given = f"--contenders {contenders} {' '.join(numbers)} --runs {options.runs}"
-    return f"benchmarks/speed.py {options.folder.name} {given} --save {options.save}"
+    arguments = f"--backends {backends} {' '.join(numbers)} --runs {options.runs}"
+    return f"benchmarks/speed.py {options.folder.name} {arguments} --save {options.save}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure speed and memory beside peers.")
+    parser = argparse.ArgumentParser(description="Measure speed and memory of llama32 and peers.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--contenders", nargs="+", default=USUAL)
+    # Committed results name the option --contenders.
+    parser.add_argument("--backends", "--contenders", nargs="+", default=DEFAULT_BACKENDS)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--save", help=f"a name to keep the result under in {RESULTS.name}/")
+    parser.add_argument("--save", help=f"name of the result in {RESULTS.name}/")
     options = parser.parse_args()
-    contenders = [tuple(one.split(", ", 1)) for one in options.contenders]
+    backends = [tuple(backend.split(", ", 1)) for backend in options.backends]
     plan = Plan(
         options.folder,
-        contenders,
+        backends,
         options.batches,
         options.prompts,
         options.runs,
-        tell=lambda what: print(what, file=sys.stderr),
+        on_progress=lambda line: print(line, file=sys.stderr),
     )
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for all, as on the command line
-    found = measure(plan)
-    report = "\n\n".join([*map(str, tables(plan, found)), f"{footnote(found)}."])
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for all workers, as the command line sets
+    results = measure(plan)
+    report = "\n\n".join([*map(str, tables(plan, results)), f"{footnote(results)}."])
     print(report)
     if options.save:
-        asked = {name for name, _ in contenders}
-        packages = ["torch", *(PACKAGES[name] for name in PACKAGES if name in asked)]
-        keep(options.save, report, circumstances(command(options), packages), facts(plan, found))
+        measured = {name for name, _ in backends}
+        packages = ["torch", *(PACKAGES[name] for name in PACKAGES if name in measured)]
+        save_result(
+            options.save,
+            report,
+            provenance(command_line(options), packages),
+            to_dict(plan, results),
+        )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Generated tokens per second of many requests, beside transformers.
+"""Throughput: generated tokens per second of many requests, compared with transformers.
 
 python benchmarks/throughput.py [model] [--dtype float32] [--device cpu] [--requests 64] [--save]
 
-`model` is a folder, `tiny` (which comes with the package) or a shape of make_random.py. All
-requests are there from the start: random prompts of 20-200 ids, each asking for exactly 20-200
-tokens, greedily. How turns are taken and disturbed runs rejected: see measuring.py.
+`model` is a folder, `tiny` (part of the package) or a shape of make_random.py. All requests arrive
+at the start: random prompts of 20-200 ids, each for exactly 20-200 greedy tokens. measuring.py
+explains turns and rejected runs.
 
-The peers, on the same weights in the same dtype:
+Compared on the same weights in the same dtype:
 
-- the engine, once as fast as it can, once deterministic (the same bits in any company); what it
-  remembers of prompts is dropped before each run;
-- a loop of single `generate` calls, over the first requests only (--loop), as it takes so long;
-- transformers `generate` over left-padded batches with SDPA, each batch running until its longest
-  output; only the tokens that were asked for count. All requests in one batch, and whichever is
-  fastest of that and of batches of 16, as they come or sorted by what they ask for;
-- transformers continuous batching with SDPA, which takes the number of tokens of each request; its
-  prefix cache is off and its start not counted. Whichever is faster of 16 and 64 at once, 1,024
-  tokens a step at most.
+- the engine, once not deterministic (fastest), once deterministic (batch-invariant); the prefix
+  cache is emptied before each run;
+- a loop of single `generate` calls over the first requests only (--loop), because the loop is slow;
+- transformers `generate` over left-padded batches with SDPA, where each batch runs until the
+  longest output; only requested tokens count. Measured are all requests in a single batch, and the
+  fastest of: a single batch, batches of 16 in order, batches of 16 sorted by requested tokens;
+- transformers continuous batching with SDPA, with the number of tokens per request; the prefix
+  cache is off and the start is not timed. Measured is the faster of 16 and 64 requests at once,
+  with at most 1,024 tokens a step.
 
-Each of the variants of transformers is tried once, and what that took is in the result.
+Each variant of transformers is tried once, and the result contains the time of the trial.
 """
 
 import argparse
@@ -32,31 +32,31 @@ from typing import Any, NamedTuple
 
 import torch
 from make_random import SHAPES, random_model
-from measuring import RESULTS, bf16_note, circumstances, keep, table, timings
+from measuring import RESULTS, bf16_note, provenance, save_result, table, timings
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.logging import disable_progress_bar
 
 import llama32
-from llama32.bench.turns import (
-    Peer,
+from llama32.bench.interleave import (
     Run,
+    TimedCall,
     disturbance,
-    median,
+    interleave_in_process,
+    median_seconds,
     run_once,
     run_undisturbed,
-    take_turns,
 )
+from llama32.checkpoint.writer import save
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
 from llama32.generate import generate
 from llama32.model import Llama
-from llama32.saving import save
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 
 
-class Asked(NamedTuple):
-    """One request of the workload."""
+class WorkItem(NamedTuple):
+    """A request of the workload."""
 
     prompt: list[int]
     count: int  # tokens to generate
@@ -65,17 +65,17 @@ class Asked(NamedTuple):
 Outputs = list[list[int]]
 
 ENGINE, DETERMINISTIC, LOOP = "engine", "engine, deterministic", "loop of `generate`"
-PAGE = 64  # of transformers' cache, as of ours
+PAGE = 64  # tokens per page of the cache of transformers, as in llama32
 
 
-def workload(vocabulary: int, count: int, seed: int = 0) -> list[Asked]:
-    draw = random.Random(seed)
+def workload(vocabulary: int, count: int, seed: int = 0) -> list[WorkItem]:
+    rng = random.Random(seed)
 
-    def one() -> Asked:
-        prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(20, 200))]
-        return Asked(prompt, draw.randint(20, 200))
+    def item() -> WorkItem:
+        prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(20, 200))]
+        return WorkItem(prompt, rng.randint(20, 200))
 
-    return [one() for _ in range(count)]
+    return [item() for _ in range(count)]
 
 
 def load(name: str, dtype: torch.dtype, device: str = "cpu") -> Llama:
@@ -84,18 +84,18 @@ def load(name: str, dtype: torch.dtype, device: str = "cpu") -> Llama:
     return llama32.load_model(name, dtype=dtype, device=device)
 
 
-def sampling(count: int) -> Sampling:
+def greedy_sampling(count: int) -> Sampling:
     return Sampling(temperature=0, ignore_eos=True, max_new_tokens=count)
 
 
-def by_engine(model: Llama, requests: Sequence[Asked], *, deterministic: bool) -> Peer:
+def engine_call(model: Llama, requests: Sequence[WorkItem], *, deterministic: bool) -> TimedCall:
     settings = EngineSettings(deterministic=deterministic, max_running=64)
     engine = Engine.of(model, settings)
 
     def run() -> tuple[float, Outputs]:
         engine.forget_prefixes()
         start = time.perf_counter()
-        added = [engine.add(prompt, sampling(count)) for prompt, count in requests]
+        added = [engine.add(prompt, greedy_sampling(count)) for prompt, count in requests]
         while engine.is_busy:
             engine.step()
         return time.perf_counter() - start, [request.output for request in added]
@@ -103,11 +103,11 @@ def by_engine(model: Llama, requests: Sequence[Asked], *, deterministic: bool) -
     return run
 
 
-def by_loop(model: Llama, requests: Sequence[Asked]) -> Peer:
+def loop_call(model: Llama, requests: Sequence[WorkItem]) -> TimedCall:
     def run() -> tuple[float, Outputs]:
         start = time.perf_counter()
         outputs = [
-            [token.id for token in generate(model, prompt, sampling(count))]
+            [token.id for token in generate(model, prompt, greedy_sampling(count))]
             for prompt, count in requests
         ]
         return time.perf_counter() - start, outputs
@@ -115,7 +115,9 @@ def by_loop(model: Llama, requests: Sequence[Asked]) -> Peer:
     return run
 
 
-def by_padding(model: Any, requests: Sequence[Asked], *, size: int, is_sorted: bool) -> Peer:
+def padded_call(
+    model: Any, requests: Sequence[WorkItem], *, size: int, is_sorted: bool
+) -> TimedCall:
     order = list(range(len(requests)))
     if is_sorted:
         order.sort(key=lambda i: requests[i].count)
@@ -127,27 +129,27 @@ def by_padding(model: Any, requests: Sequence[Asked], *, size: int, is_sorted: b
         for first in range(0, len(order), size):
             rows = order[first : first + size]
             width = max(len(requests[i].prompt) for i in rows)
-            blank = [width - len(requests[i].prompt) for i in rows]
-            ids = [[0] * n + requests[i].prompt for n, i in zip(blank, rows, strict=True)]
-            mask = [[0] * n + [1] * (width - n) for n in blank]
-            made = model.generate(
+            padding = [width - len(requests[i].prompt) for i in rows]
+            ids = [[0] * n + requests[i].prompt for n, i in zip(padding, rows, strict=True)]
+            mask = [[0] * n + [1] * (width - n) for n in padding]
+            output = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 max_new_tokens=max(requests[i].count for i in rows),
                 do_sample=False,
             )
-            for i, row in zip(rows, made[:, width:].tolist(), strict=True):
+            for i, row in zip(rows, output[:, width:].tolist(), strict=True):
                 outputs[i] = row[: requests[i].count]
         return time.perf_counter() - start, outputs
 
     return run
 
 
-def by_continuous(model: Any, requests: Sequence[Asked], *, size: int) -> Peer:
-    longest = max(len(prompt) + count for prompt, count in requests)
+def continuous_call(model: Any, requests: Sequence[WorkItem], *, size: int) -> TimedCall:
+    max_length = max(len(prompt) + count for prompt, count in requests)
     settings = ContinuousBatchingConfig(
         page_size=PAGE,
-        num_blocks=len(requests) * -(-longest // PAGE),
+        num_blocks=len(requests) * -(-max_length // PAGE),
         max_batch_tokens=1024,
         max_requests_per_batch=size,
         allow_block_sharing=False,
@@ -175,70 +177,71 @@ def by_continuous(model: Any, requests: Sequence[Asked], *, size: int) -> Peer:
     return run
 
 
-def theirs(model: Llama) -> Any:
-    """The same weights in transformers, and where they are."""
+def transformers_model(model: Llama) -> Any:
+    """Return the same weights as a transformers model, on the same device."""
     weight = model.norm.weight
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder))
-        its: Any = LlamaForCausalLM.from_pretrained(
+        peer: Any = LlamaForCausalLM.from_pretrained(
             folder, dtype=weight.dtype, attn_implementation="sdpa"
         )
-    its.generation_config.eos_token_id = None
-    its.generation_config.pad_token_id = 0
-    return its.to(weight.device)
+    peer.generation_config.eos_token_id = None
+    peer.generation_config.pad_token_id = 0
+    return peer.to(weight.device)
 
 
 def compare(
-    model: Llama, requests: Sequence[Asked], loop: int, runs: int
+    model: Llama, requests: Sequence[WorkItem], loop: int, runs: int
 ) -> tuple[dict[str, list[Run]], dict[str, Run], list[str]]:
-    """All turns; what the variants of transformers took when they were tried; and the names of
-    its padding peers and its continuous one."""
-    ours = {
-        ENGINE: by_engine(model, requests, deterministic=False),
-        DETERMINISTIC: by_engine(model, requests, deterministic=True),
-        LOOP: by_loop(model, requests[:loop]),
+    """Return the interleaved runs, the trial runs of transformers, and its selected variants."""
+    calls = {
+        ENGINE: engine_call(model, requests, deterministic=False),
+        DETERMINISTIC: engine_call(model, requests, deterministic=True),
+        LOOP: loop_call(model, requests[:loop]),
     }
-    padding, continuous = theirs(model), theirs(model)
-    everyone = len(requests)
-    whole = f"padded, {everyone} at once"
-    padded = {whole: by_padding(padding, requests, size=everyone, is_sorted=False)}
+    padded_model, continuous_model = transformers_model(model), transformers_model(model)
+    whole = f"padded, {len(requests)} at once"
+    padded = {whole: padded_call(padded_model, requests, size=len(requests), is_sorted=False)}
     for is_sorted in (False, True):
         name = f"padded, 16 at once{', sorted' if is_sorted else ''}"
-        padded[name] = by_padding(padding, requests, size=16, is_sorted=is_sorted)
-    packed = {
-        f"continuous, {n} at once": by_continuous(continuous, requests, size=n) for n in (16, 64)
+        padded[name] = padded_call(padded_model, requests, size=16, is_sorted=is_sorted)
+    continuous = {
+        f"continuous, {n} at once": continuous_call(continuous_model, requests, size=n)
+        for n in (16, 64)
     }
-    by_loop(model, [Asked(requests[0].prompt, 8)])()
-    for peer in (ours[ENGINE], ours[DETERMINISTIC]):
-        peer()
-    by_padding(padding, [Asked(requests[0].prompt, 8)], size=1, is_sorted=False)()
-    by_continuous(continuous, [Asked(requests[0].prompt, 8)], size=1)()
-    tried = {
-        name: run_undisturbed(partial(run_once, peer)) for name, peer in (padded | packed).items()
-    }
-    best = [min(names, key=lambda name: tried[name].seconds) for names in (padded, packed)]
-    chosen = dict.fromkeys([whole, *best])
-    peers = ours | {name: (padded | packed)[name] for name in chosen}
-    return take_turns(peers, runs, warm=False), tried, list(chosen)
+    loop_call(model, [WorkItem(requests[0].prompt, 8)])()
+    for call in (calls[ENGINE], calls[DETERMINISTIC]):
+        call()
+    padded_call(padded_model, [WorkItem(requests[0].prompt, 8)], size=1, is_sorted=False)()
+    continuous_call(continuous_model, [WorkItem(requests[0].prompt, 8)], size=1)()
+    variants = padded | continuous
+    trials = {name: run_undisturbed(partial(run_once, call)) for name, call in variants.items()}
+    best = [min(names, key=lambda name: trials[name].seconds) for names in (padded, continuous)]
+    selected = list(dict.fromkeys([whole, *best]))
+    calls |= {name: variants[name] for name in selected}
+    return interleave_in_process(calls, runs, warm=False), trials, selected
 
 
 def rates(
-    found: Mapping[str, Sequence[Run]], requests: Sequence[Asked], loop: int
+    results: Mapping[str, Sequence[Run]], requests: Sequence[WorkItem], loop: int
 ) -> dict[str, float]:
-    """Generated tokens per second, by the median of the runs."""
+    """Return the generated tokens per second of each call, by the median of the runs."""
 
     def tokens(name: str) -> int:
-        return sum(one.count for one in (requests[:loop] if name == LOOP else requests))
+        return sum(item.count for item in (requests[:loop] if name == LOOP else requests))
 
-    return {name: tokens(name) / median(runs) for name, runs in found.items()}
+    return {name: tokens(name) / median_seconds(runs) for name, runs in results.items()}
 
 
-def equal_outputs(found: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """How many of each peer's requests got what the loop, or where it did not come, the engine
-    gave."""
-    expected = [*found[LOOP][0].result, *found[ENGINE][0].result[len(found[LOOP][0].result) :]]
+def equal_outputs(results: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Count the requests of each call with the output of the loop, or of the engine.
+
+    The engine's outputs are the reference for requests that the loop left out.
+    """
+    loop_outputs = results[LOOP][0].result
+    expected = [*loop_outputs, *results[ENGINE][0].result[len(loop_outputs) :]]
     counts: dict[str, str] = {}
-    for name, runs in found.items():
+    for name, runs in results.items():
         outputs = runs[0].result
         same = sum(a == b for a, b in zip(outputs, expected, strict=False))
         counts[name] = f"{same} of {len(outputs)}"
@@ -246,40 +249,40 @@ def equal_outputs(found: Mapping[str, Sequence[Run]]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure throughput beside transformers.")
+    parser = argparse.ArgumentParser(description="Measure throughput, compared with transformers.")
     parser.add_argument("model", nargs="?", default="tiny", help=f"or a folder, or {[*SHAPES]}")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--loop", type=int, default=16, help="requests that the loop does")
-    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULTS.name}/")
+    parser.add_argument("--loop", type=int, default=16, help="requests of the loop")
+    parser.add_argument("--save", action="store_true", help=f"save the result in {RESULTS.name}/")
     options = parser.parse_args()
     disable_progress_bar()
     model = load(options.model, getattr(torch, options.dtype), options.device)
     requests = workload(model.config.vocab_size, options.requests)
-    found, tried, peers = compare(model, requests, options.loop, options.runs)
+    results, trials, selected = compare(model, requests, options.loop, options.runs)
 
-    rate, equal = rates(found, requests, options.loop), equal_outputs(found)
+    rate, equal = rates(results, requests, options.loop), equal_outputs(results)
     rows = [
         [
-            f"transformers, {name}" if name in peers else name,
+            f"transformers, {name}" if name in selected else name,
             f"{rate[name]:,.0f}",
-            *(f"{rate[name] / rate[other]:.2f}" for other in (LOOP, *peers)),
+            *(f"{rate[name] / rate[other]:.2f}" for other in (LOOP, *selected)),
             equal[name],
         ]
-        for name in found
+        for name in results
     ]
-    head = ["", "tokens/s", "× loop", *(f"× {name}" for name in peers), "equal outputs"]
-    total = sum(one.count for one in requests)
-    tries = "; ".join(f"{name} {run.seconds:.1f} s" for name, run in tried.items())
+    head = ["", "tokens/s", "× loop", *(f"× {name}" for name in selected), "equal outputs"]
+    total = sum(item.count for item in requests)
+    trial_times = "; ".join(f"{name} {run.seconds:.1f} s" for name, run in trials.items())
     name = Path(options.model).name
     report = (
         f"{name}, {options.dtype}: {len(requests)} requests, {total:,} tokens to generate, the "
-        f"loop its first {options.loop}.\n\n{table(head, rows)}\n\n"
-        f"Determinism costs {1 - rate[DETERMINISTIC] / rate[ENGINE]:.0%}. Equal outputs are those "
-        f"of the loop, then of the engine: a near tie may go another way when sums take another "
-        f"order. transformers tried once: {tries}. {disturbance(found)}."
+        f"loop the first {options.loop}.\n\n{table(head, rows)}\n\n"
+        f"Determinism costs {1 - rate[DETERMINISTIC] / rate[ENGINE]:.0%}. Outputs are compared "
+        f"with the loop, then with the engine: a different order of sums can flip a near tie. "
+        f"Trials of transformers: {trial_times}. {disturbance(results)}."
     )
     if (options.device, options.dtype) == ("cpu", "bfloat16"):
         report = f"{report} {bf16_note()}".rstrip()
@@ -289,15 +292,15 @@ def main() -> None:
             f"benchmarks/throughput.py {name} --dtype {options.dtype} --device {options.device} "
             f"--runs {options.runs} --requests {options.requests} --loop {options.loop} --save"
         )
-        kept = circumstances(command, ("torch", "transformers"), options.device)
+        source = provenance(command, ("torch", "transformers"), options.device)
         data = {
-            "tokens_per_second": {each: round(value, 2) for each, value in rate.items()},
+            "tokens_per_second": {key: round(value, 2) for key, value in rate.items()},
             "equal_outputs": equal,
-            "tried": timings({each: [run] for each, run in tried.items()}),
-            "runs": timings(found),
+            "tried": timings({key: [run] for key, run in trials.items()}),
+            "runs": timings(results),
         }
         count = "" if options.requests == 64 else f"_{options.requests}"
-        keep(f"throughput_{name}_{options.dtype}{count}", report, kept, data)
+        save_result(f"throughput_{name}_{options.dtype}{count}", report, source, data)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The Llama, top to bottom: norm, attention, mlp, block, model.
+"""The Llama in reading order: norm, attention, mlp, block, model.
 
-Nothing here knows of caches, masks, devices or batches. A layer hands its queries, keys and
-values to `attend` and gets mixed values back, so the same lines train on padded `(B, T)` tokens
-and serve the packed `(N,)` tokens of many sequences. Sizes are read off the weights, never off
-the config, so a layer that was cut, grown or quantized from outside runs the same lines too.
+Nothing here knows about caches, masks, devices or batches. A layer passes queries, keys and values
+to `attend` and receives mixed values (the attention output), so the same code trains on padded
+`(B, T)` tokens and serves the packed `(N,)` tokens of many sequences. The number of heads comes
+from the projections, not from the config, so the same code also runs a sharded layer, a quantized
+layer, or a layer with LoRA.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import EllipsisType
 
 import torch
 from jaxtyping import Float, Int
@@ -16,14 +17,14 @@ from torch.nn import functional as F
 
 from llama32.attention import Attend, fused
 from llama32.config import LlamaConfig
-from llama32.rope import Rotation, rotary_speeds, rotate, rotation
+from llama32.rope import CosSin, apply_rotary, compute_inv_freq, rotary_cos_sin
 
 
 class RMSNorm(nn.Module):
     """Scale every vector to length sqrt(E), then each coordinate by a learned weight.
 
-    No mean is taken out and no bias added: LayerNorm without the two parts that turned out not
-    to matter. Squares are summed in fp32, where bf16 would lose the small ones.
+    LayerNorm without mean and bias, two parts that turned out not to matter. Squares are summed in
+    fp32, because bf16 would lose the small squares.
     (Zhang & Sennrich 2019)
     """
 
@@ -33,15 +34,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.type_as(x)
+        upcast = x.float()
+        upcast = upcast * torch.rsqrt(upcast.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * upcast.type_as(x)
 
 
 class Attention(nn.Module):
-    """Project to queries, keys and values, turn by position, let `attend` mix, project back.
+    """Project to queries, keys and values, rotate by position, mix with `attend`, project back.
 
-    There are fewer key and value heads than query heads, which is what keeps the cache small.
+    Fewer key and value heads than query heads keep the cache small.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -55,18 +56,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, E, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "*B E"], by: Rotation, attend: Attend
+        self, x: Float[Tensor, "*B E"], cos_sin: CosSin, attend: Attend
     ) -> Float[Tensor, "*B E"]:
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads)  # (*B, H, D)
         k = self.k_proj(x).unflatten(-1, heads)  # (*B, K, D)
         v = self.v_proj(x).unflatten(-1, heads)  # (*B, K, D)
-        y = attend(rotate(q, by), rotate(k, by), v)  # (*B, H, D)
+        y = attend(apply_rotary(q, cos_sin), apply_rotary(k, cos_sin), v)  # (*B, H, D)
         return self.o_proj(y.flatten(-2))  # (*B, E)
 
 
 class SwiGLU(nn.Module):
-    """Two views of each vector, one gating the other, brought back to the width.
+    """Gated MLP: an up-projection times the SiLU of a gate projection, projected back down.
 
     (GLU Variants Improve Transformer, Shazeer 2020)
     """
@@ -83,7 +84,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention looks across tokens, the mlp at each alone; each adds to the residual stream."""
+    """A layer: attention mixes tokens, the mlp transforms each; both add to the residual stream."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -93,21 +94,21 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Float[Tensor, "*B E"], by: Rotation, attend: Attend
+        self, x: Float[Tensor, "*B E"], cos_sin: CosSin, attend: Attend
     ) -> Float[Tensor, "*B E"]:
-        x = x + self.attn(self.attn_norm(x), by, attend)
+        x = x + self.attn(self.attn_norm(x), cos_sin, attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nn.Module):
-    """Token ids to logits.
+    """The whole model, from token ids to logits.
 
-    model(tokens)                        plain causal attention
-    model(tokens, attend=mine)           your own attention in every layer
-    model(tokens, positions, attends)    one attention per layer: a KV cache is such a list
+    model(tokens)                             plain causal attention
+    model(tokens, attend=mine)                your own attention function in every layer
+    model(tokens, positions, attention_fns)   an attention function per layer, for a KV cache
     """
 
-    rotary_speeds: Float[Tensor, " R"]
+    inv_freq: Float[Tensor, " R"]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -118,36 +119,38 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
-        self.register_buffer("rotary_speeds", rotary_speeds(config), persistent=False)
+        self.register_buffer("inv_freq", compute_inv_freq(config), persistent=False)
 
     def forward(
         self,
         tokens: Int[Tensor, "*B"],
         positions: Int[Tensor, "*#B"] | None = None,
-        attends: Sequence[Attend] | None = None,
+        attention_fns: Sequence[Attend] | None = None,
         *,
         attend: Attend = fused,
-        rows: Any = ...,
+        logits_at: Tensor | slice | EllipsisType = ...,
     ) -> Float[Tensor, "*R V"]:
-        """Logits for each token's successor.
+        """Return next-token logits after every token.
 
-        `positions` count from 0 along the last axis of `tokens` unless given. `rows` indexes the
-        tokens whose logits are wanted (all by default): the unembedding of a vocabulary of
-        128,256 costs as much as several layers, and a prompt needs only its last row.
+        `positions` default to 0, 1, 2, ... along the last axis of `tokens`. `logits_at` selects the
+        tokens that get logits, by default all. A prompt needs logits for the last token only, and
+        the product with a vocabulary of 128,256 costs as much as several layers.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[-1], device=tokens.device)
-        if attends is None:
-            attends = [attend] * len(self.layers)
-        by = rotation(positions, self.rotary_speeds)
+        if attention_fns is None:
+            attention_fns = [attend] * len(self.layers)
+        cos_sin = rotary_cos_sin(positions, self.inv_freq)
         x = self.embed(tokens)  # (*B, E)
-        for layer, attend in zip(self.layers, attends, strict=True):
-            x = layer(x, by, attend)
-        return self.lm_head(self.norm(x[rows]))  # (*R, V)
+        for layer, layer_attend in zip(self.layers, attention_fns, strict=True):
+            x = layer(x, cos_sin, layer_attend)
+        return self.lm_head(self.norm(x[logits_at]))  # (*R, V)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Llama":
-        """Every move or cast of the module comes through here, and no cast may reach the
-        rotary speeds: in bf16 the angles of a long context are noise."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        """Move or cast the module, but keep `inv_freq` in fp32.
+
+        In bf16 the angles of a long context are noise. `to`, `half` and `cuda` call this method.
+        """
         super()._apply(fn, recurse)
-        self.rotary_speeds = rotary_speeds(self.config).to(self.norm.weight.device)
+        self.inv_freq = compute_inv_freq(self.config).to(self.norm.weight.device)
         return self

@@ -1,4 +1,4 @@
-"""A checkpoint whose every text is known beforehand: it says the alphabet."""
+"""A checkpoint with known outputs: the model recites the alphabet."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from llama32.checkpoint.writer import save
 from llama32.config import LlamaConfig
 from llama32.model import Llama
-from llama32.saving import save
-from llama32.tokenizer import Tokenizer
+from llama32.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny_config
 from tests.tokenizers import byte_tokenizer_json
 
@@ -19,11 +19,12 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def alphabet_checkpoint(
     folder: Path, *, says: str = ALPHABET, ends: bool = True, **changes: Any
 ) -> Path:
-    """A folder in the Hub's layout, with a byte tokenizer and a chat template.
+    """Write a checkpoint in the Hub's layout, with a byte tokenizer and a chat template.
 
-    After each byte comes the next one. `says` changes that: its letters, all different, come one
-    after the other, first of all after a line break (so it is what a chat answers). After the last
-    one the turn ends, or if it never `ends`, the first one comes again.
+    The model predicts byte + 1 after each byte, except for the letters of `says`, which must all
+    differ: the first letter follows a line break (so `says` is the answer in a chat), and each
+    letter follows the previous letter. After the last letter the turn ends, or, without `ends`,
+    the first letter follows again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     byte_tokenizer_json(folder)
@@ -42,19 +43,19 @@ def alphabet_checkpoint(
         eos_token_ids=(tokenizer.special["<|eot_id|>"],),
         **changes,
     )
-    save(table(config, after), folder)
+    save(bigram_model(config, after), folder)
     settings = {"chat_template": "{{ '<|start_header_id|>' }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
-def table(config: LlamaConfig, after: dict[int, int]) -> Llama:
-    """A model whose layers add nothing, so that the next token depends on the last one only."""
+def bigram_model(config: LlamaConfig, after: dict[int, int]) -> Llama:
+    """Return a model with layers that add nothing: the next token depends on the last alone."""
     model = Llama(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(float(weight.ndim == 1))
         model.embed.weight.copy_(torch.eye(config.vocab_size))
-        for token, following in after.items():
-            model.lm_head.weight[following, token] = 1
+        for token, next_token in after.items():
+            model.lm_head.weight[next_token, token] = 1
     return model

@@ -1,4 +1,4 @@
-"""Small models with random weights, and Meta's layout of them, for tests to load."""
+"""Small models with random weights, and checkpoints of them in Meta's layout."""
 
 import json
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama32.checkpoint.layouts import name_map
 from llama32.config import LlamaConfig, RopeScaling
-from llama32.layouts import names
 from llama32.model import Llama
 
 LLAMA3 = RopeScaling(
@@ -20,13 +20,13 @@ LLAMA3 = RopeScaling(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
-# The same, and no scaling, as the `rope_parameters` of transformers.
+# `rope_parameters` of transformers: LLAMA3, and no scaling.
 HUB_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, **asdict(LLAMA3)}
 HUB_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
-    """A Llama 3.2 in all but its sizes, of which no two that could be confused are equal."""
+    """Return the config of a tiny Llama 3.2, in which sizes that could be confused differ."""
     sizes: dict[str, Any] = {
         "vocab_size": 160,
         "hidden_size": 48,
@@ -48,7 +48,7 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 
 def random_model(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Llama:
-    """Weights large enough for logits to spread, and norms that are not all ones."""
+    """Return a model with widely spread logits and with norms other than ones."""
     draw = torch.Generator().manual_seed(seed)
     model = Llama(config)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def random_model(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def first_layers(model: Llama, count: int) -> Llama:
-    """The same without the others: a smaller model that often says the same."""
+    """Return the model of the first layers, which often predicts the same tokens."""
     config = replace(model.config, num_hidden_layers=count)
     short = Llama(config).to(model.norm.weight.dtype)
     weights = model.state_dict()
@@ -78,23 +78,23 @@ def write_meta(
     output: bool | None = None,
     change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
 ) -> Path:
-    """Write a model as Meta does, in model-parallel shards.
+    """Write a model in Meta's layout, in model-parallel shards.
 
-    `embed_axis` is the axis along which the embedding is cut. `output` is written where it is not
-    tied, or as told. `change` may spoil the tensors of each shard.
+    The embedding is split along `embed_axis`. `output` says whether to write lm_head; None writes
+    an untied lm_head. `change` may damage the tensors of each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(params(model.config)))
+    (folder / "params.json").write_text(json.dumps(meta_params(model.config)))
     weights = dict(model.named_parameters(remove_duplicate=False))
     if output is False or (output is None and model.config.tie_word_embeddings):
         del weights["lm_head.weight"]
-    meta = names("meta", model.config.num_hidden_layers)
+    meta = name_map("meta", model.config.num_hidden_layers)
     for shard in range(num_shards):
         tensors = {}
         for name, weight in weights.items():
             tensor = weight.detach()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                tensor = interleaved(tensor, model.config.head_dim)
+                tensor = interleave_rows(tensor, model.config.head_dim)
             axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
             axis = embed_axis if name == "embed.weight" else axis
             if tensor.ndim == 2:
@@ -105,8 +105,8 @@ def write_meta(
     return folder
 
 
-def params(config: LlamaConfig) -> dict[str, Any]:
-    """The content of Meta's params.json for a config whose mlp size it can express."""
+def meta_params(config: LlamaConfig) -> dict[str, Any]:
+    """Return the content of params.json for a config with an mlp size that Meta can express."""
     mlp = config.intermediate_size
     return {
         "dim": config.hidden_size,
@@ -116,7 +116,7 @@ def params(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "vocab_size": -1,
         "ffn_dim_multiplier": mlp / int(2 * 4 * config.hidden_size / 3),
-        "multiple_of": mlp,  # takes up the rounding of the line above
+        "multiple_of": mlp,  # absorbs the rounding of the line above
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "max_seq_len": config.max_position_embeddings,
@@ -124,15 +124,15 @@ def params(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from the split-half order to Meta's: 0, R, 1, R + 1, ..."""
+def interleave_rows(weight: Tensor, head_dim: int) -> Tensor:
+    """Permute the rows of each head from the Hub's order to Meta's: 0, R, 1, R + 1, ..."""
     R = head_dim // 2
     order = torch.stack((torch.arange(R), torch.arange(R) + R), dim=1).flatten()
     return weight.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Rewrite the tensors of a model.safetensors after `change` had its way with them."""
+    """Apply `change` to the tensors of model.safetensors; return the folder."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
@@ -141,6 +141,6 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Pa
 
 
 def edit_json(file: Path, **changes: Any) -> Path:
-    """Rewrite keys of a JSON file; returns its folder."""
+    """Change keys of a JSON file; return the folder of the file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return file.parent

@@ -1,10 +1,10 @@
-"""The command line, run inside the tests."""
+"""Run the command line inside the test process."""
 
 import json
 
 from typer.testing import CliRunner, Result
 
-from llama32.__main__ import app
+from llama32.cli.main import app
 
 
 def run(*args: object, stdin: str | bytes | None = None) -> Result:
@@ -12,7 +12,7 @@ def run(*args: object, stdin: str | bytes | None = None) -> Result:
 
 
 def error_of(result: Result) -> str:
-    """The one line that is all there is of a refused command."""
+    """Return the error of a refused command, which must print a single line."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     [line] = result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Several gloo processes on one machine, for what only several can show."""
+"""Several gloo processes on one machine, for tests of distributed code."""
 
 import time
 from collections.abc import Callable
@@ -11,19 +11,18 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
-SECONDS = 240  # after which whatever still runs is ended
+SECONDS = 240  # time limit; the processes are killed afterwards
 
 
 def in_processes(count: int, function: Callable, folder: Path, *args: Any) -> list[Any]:
-    """What `function(mesh, *args)` returns in each of them, in the order of their ranks.
+    """Run `function(mesh, *args)` in `count` processes; return the results in order of rank.
 
-    The function has to be one that can be imported. They start from nothing, which takes some
-    seconds, so one start had better answer many questions. They meet in a file of `folder`, not on
-    a port, which another run might take.
+    The function must be importable. Starting the processes takes some seconds, so a test should
+    check as much as possible in a single start. The rendezvous is a file in `folder`, because
+    another run might take a port.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    given = count, folder, function, args
-    context = spawn(_enter, given, nprocs=count, join=False)
+    context = spawn(_enter, (count, folder, function, args), nprocs=count, join=False)
     assert context is not None
     end = time.monotonic() + SECONDS
     try:
@@ -39,7 +38,7 @@ def _enter(rank: int, count: int, folder: Path, function: Callable, args: tuple)
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{folder / 'meet'}",
+        init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=count,
         timeout=timedelta(seconds=60),

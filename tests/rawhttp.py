@@ -1,4 +1,4 @@
-"""HTTP as bytes on a socket, for all that no client library would send, or leave undone."""
+"""HTTP as bytes on a socket, for requests that no client library would send."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass
 class Answer:
-    """A response, read to its end."""
+    """A complete response."""
 
     status: int
     headers: HTTPMessage
@@ -25,23 +25,23 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """What is wrong."""
+        """The error of a refusal, with its shape checked."""
         assert self.status >= 400, self.body
         assert self.headers["content-type"] == "application/json"
         return checked_error(self.body)
 
     @property
     def events(self) -> list[str]:
-        """Of a stream."""
+        """Data of all events of a stream."""
         assert self.headers["content-type"] == "text/event-stream; charset=utf-8"
         *events, rest = self.body.decode().split("\n\n")
-        assert not rest, "the stream breaks off in an event"
+        assert not rest, "the stream ends inside an event"
         assert all(event.startswith("data: ") for event in events)
         return [event.removeprefix("data: ") for event in events]
 
     @property
     def text(self) -> str:
-        """Of the one choice, whole or streamed."""
+        """Text of the only choice, whole or streamed."""
         assert self.status == 200, self.body
         if self.headers["content-type"] == "application/json":
             (choice,) = self.json["choices"]
@@ -51,12 +51,11 @@ class Answer:
         return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
-def checked_error(told: str | bytes) -> dict[str, Any]:
-    """What is wrong, in OpenAI's shape, and with no more of what was sent than it takes to find it
-    there."""
-    whole = json.loads(told)
-    assert whole.keys() == {"error"}
-    error = whole["error"]
+def checked_error(body: str | bytes) -> dict[str, Any]:
+    """Return an error after checking OpenAI's shape and that the error quotes little."""
+    fields = json.loads(body)
+    assert fields.keys() == {"error"}
+    error = fields["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert 0 < len(error["message"]) <= 400
     assert len(str(error["param"])) < 100
@@ -64,12 +63,12 @@ def checked_error(told: str | bytes) -> dict[str, Any]:
 
 
 class Wire:
-    """One connection to a server on this machine."""
+    """A connection to a server on this machine."""
 
     def __init__(self, port: int, buffer: int | None = None) -> None:
         self.socket = socket.socket()
         self.socket.settimeout(60)
-        if buffer is not None:  # bytes that come unread
+        if buffer is not None:  # bytes to receive before the first read
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         self.socket.connect(("127.0.0.1", port))
         self.file = self.socket.makefile("rb")
@@ -85,7 +84,7 @@ class Wire:
         self.socket.close()
 
     def reset(self) -> None:
-        """Close it as a machine does that crashes: what was sent is not waited for."""
+        """Close with a reset, like a machine that crashes; unsent data is lost."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -93,35 +92,35 @@ class Wire:
         self.socket.sendall(data)
 
     def post(self, path: str, body: Any, headers: Mapping[str, str] = JSON) -> None:
-        """Send a whole request; what is not bytes becomes JSON."""
+        """Send a complete request. A body other than bytes becomes JSON."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send(head("POST", path, {**headers, "Content-Length": f"{len(body)}"}) + body)
 
     def answer(self) -> Answer:
-        """The next response, to its end."""
+        """Read the next response."""
         status, headers = self.begin()
         return Answer(status, headers, b"".join(self.pieces(headers)))
 
     def begin(self) -> tuple[int, HTTPMessage]:
-        """Status and headers of the next response."""
+        """Read status and headers of the next response."""
         line = self.file.readline()
         if not line:
-            raise ConnectionResetError("there is no answer")
+            raise ConnectionResetError("the server sent no response")
         return int(line.split()[1]), parse_headers(self.file)
 
     def pieces(self, headers: HTTPMessage) -> Iterator[bytes]:
-        """The body as it comes."""
+        """Yield the body as it arrives."""
         if headers["transfer-encoding"] != "chunked":
             yield self.file.read(int(headers["content-length"] or -1))
             return
         while size := int(self.file.readline() or b"-1", 16):
-            assert size > 0, "the connection broke in mid-stream"
+            assert size > 0, "the connection closed inside the stream"
             yield self.file.read(size)
             self.file.readline()
         self.file.readline()
 
     def is_closed(self) -> bool:
-        """Whether the server has ended it; waits for that."""
+        """Wait for the server to close the connection."""
         try:
             return self.file.read(1) == b""
         except ConnectionResetError:
@@ -129,20 +128,20 @@ class Wire:
 
 
 def head(method: str, path: str, headers: Mapping[str, str]) -> bytes:
-    """Of a request."""
+    """Return the head of a request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: here", *(f"{k}: {v}" for k, v in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def ask(port: int, path: str, body: Any, headers: Mapping[str, str] = JSON) -> Answer:
-    """POST, on a connection of its own."""
+    """Send a POST request on a new connection."""
     with Wire(port) as wire:
         wire.post(path, body, headers)
         return wire.answer()
 
 
 def get(port: int, path: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """GET, likewise."""
+    """Send a GET request on a new connection."""
     with Wire(port) as wire:
         wire.send(head("GET", path, headers or {}))
         return wire.answer()

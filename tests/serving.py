@@ -1,4 +1,4 @@
-"""A server for tests: on a free port of this machine, in a thread of the test's own process."""
+"""A server for tests, on a free port, in a thread of the test process."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from threading import Event, Thread
 from openai import OpenAI
 
 from llama32.engine.engine import Engine
-from llama32.llm import LLM
+from llama32.llm.llm import LLM
 from llama32.serve.app import create_app
 from llama32.serve.server import Server
 from llama32.serve.service import Service
@@ -23,7 +23,7 @@ HELLO = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 6, "temper
 
 @dataclass
 class Served:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     port: int
@@ -35,51 +35,51 @@ class Served:
         return self.service.llm.engine
 
     def client(self, **options) -> OpenAI:
-        """OpenAI's own, which does not try again where it is refused."""
-        given = {"api_key": "none", "max_retries": 0, "timeout": 60} | options
-        return OpenAI(base_url=f"{self.url}/v1", **given)
+        """Return OpenAI's client, without retries."""
+        options = {"api_key": "none", "max_retries": 0, "timeout": 60} | options
+        return OpenAI(base_url=f"{self.url}/v1", **options)
 
     def assert_idle(self) -> None:
-        """All that was asked for comes to an end, and leaves no page, no place and no listener."""
-        until(lambda: not self.engine.is_busy and not self.service.room.taken)
-        until(lambda: not self.service.engine._listeners)
+        """Wait until all requests have ended and left no page, slot or subscriber behind."""
+        until(lambda: not self.engine.is_busy and not self.service.slots.taken)
+        until(lambda: not self.service.engine._subscribers)
         assert self.engine.stats.pages_held == 0
 
 
 def assert_unharmed(served: Served, hello: str) -> None:
-    """Nothing is left of what was asked, and HELLO is answered as ever."""
+    """Check that the server is idle and still gives the same answer to HELLO."""
     served.assert_idle()
     headers = JSON | {"Authorization": f"Bearer {served.service.settings.api_key}"}
     assert ask(served.port, COMPLETE, HELLO, headers).text == hello
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for it."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds:g} seconds"
         time.sleep(0.005)
 
 
 @contextmanager
 def serving(llm: LLM, name: str = "tiny", **settings) -> Iterator[Served]:
-    """A server with these settings, until the end of the block."""
-    given = ServeSettings(**{"port": 0, "drain": 0.0, **settings})
-    app = create_app(llm, given, name)
+    """Run a server with these settings for the block."""
+    serve_settings = ServeSettings(**{"port": 0, "drain": 0.0, **settings})
+    app = create_app(llm, serve_settings, name)
     is_up = Event()
-    told: list[str] = []
+    urls: list[str] = []
 
     def on_start(url: str) -> None:
-        told.append(url)
+        urls.append(url)
         is_up.set()
 
-    server = Server(app, given, on_start)
+    server = Server(app, serve_settings, on_start)
     thread = Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     assert is_up.wait(30), "the server did not start"
     try:
-        port = int(told[0].rpartition(":")[2])
-        yield Served(told[0], port, app.state.service, server)
+        port = int(urls[0].rpartition(":")[2])
+        yield Served(urls[0], port, app.state.service, server)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, in every spelling that is published."""
+"""Configs in every published spelling, and refusals of all other configs."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SHARED = {
     "use_cache": True,
     "vocab_size": 128256,
 }
-BEND = {
+LLAMA3 = {
     "high_freq_factor": 4.0,
     "low_freq_factor": 1.0,
     "original_max_position_embeddings": 8192,
@@ -42,7 +42,7 @@ LLAMA_1B = SHARED | {
     "intermediate_size": 8192,
     "num_attention_heads": 32,
     "num_hidden_layers": 16,
-    "rope_scaling": BEND | {"factor": 32.0},
+    "rope_scaling": LLAMA3 | {"factor": 32.0},
     "tie_word_embeddings": True,
 }
 LLAMA_3B_INSTRUCT = LLAMA_1B | {
@@ -58,7 +58,7 @@ LLAMA_31_8B = SHARED | {
     "intermediate_size": 14336,
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
-    "rope_scaling": BEND | {"factor": 8.0},
+    "rope_scaling": LLAMA3 | {"factor": 8.0},
     "tie_word_embeddings": False,
 }
 SMOLLM2_135M = {
@@ -132,12 +132,12 @@ META_31_8B = META_1B | {
 
 
 def from_meta(data: dict[str, Any], **changes: Any) -> LlamaConfig:
-    told: dict[str, Any] = {"vocab_size": 128256, "tied": True, "rope_factor": None}
-    return LlamaConfig.from_meta(data, **(told | changes))
+    options: dict[str, Any] = {"vocab_size": 128256, "tied": True, "rope_factor": None}
+    return LlamaConfig.from_meta(data, **(options | changes))
 
 
 def version_5(data: dict[str, Any]) -> dict[str, Any]:
-    """The same config as transformers 5 spells it."""
+    """Return the same config in the spelling of transformers 5."""
     data = dict(data)
     theta, scaling = data.pop("rope_theta"), data.pop("rope_scaling")
     data["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
@@ -145,7 +145,7 @@ def version_5(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def test_the_published_1b_is_read_field_by_field():
+def test_every_field_of_the_published_1b_config():
     assert LlamaConfig.from_hub(LLAMA_1B) == LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
@@ -170,28 +170,28 @@ def test_the_published_1b_is_read_field_by_field():
     )
 
 
-def test_the_stop_ids_of_instruct_are_a_list():
+def test_eos_token_id_may_be_a_list():
     config = LlamaConfig.from_hub(LLAMA_3B_INSTRUCT)
     assert config.eos_token_ids == (128001, 128008, 128009)
 
 
-def test_an_absent_head_dim_is_the_width_of_a_head():
+def test_head_dim_defaults_to_the_width_per_head():
     assert LlamaConfig.from_hub(LLAMA_31_8B).head_dim == 128
 
 
-def test_absent_key_heads_are_as_many_as_query_heads():
+def test_key_heads_default_to_the_number_of_query_heads():
     config = LlamaConfig.from_hub(LLAMA_2_7B)
     assert (config.num_key_value_heads, config.rope_theta) == (32, 10000.0)
 
 
-def test_a_theta_that_is_written_as_an_integer_is_a_number_all_the_same():
+def test_an_integer_rope_theta_becomes_a_float():
     config = LlamaConfig.from_hub(SMOLLM2_135M)
     assert (config.rope_theta, config.rope_scaling) == (100000.0, None)
     assert isinstance(config.rope_theta, float)
 
 
 @pytest.mark.parametrize("data", [LLAMA_1B, LLAMA_3B_INSTRUCT, LLAMA_31_8B, SMOLLM2_135M])
-def test_both_spellings_of_transformers_mean_the_same(data):
+def test_both_spellings_of_transformers_give_the_same_config(data):
     assert LlamaConfig.from_hub(version_5(data)) == LlamaConfig.from_hub(data)
 
 
@@ -201,8 +201,8 @@ def test_a_file_in_both_spellings_at_once_is_read():
 
 
 def test_the_older_spelling_of_the_rope_type_is_read():
-    bend = {("type" if key == "rope_type" else key): value for key, value in BEND.items()}
-    old = LLAMA_1B | {"rope_scaling": bend | {"factor": 32.0}}
+    scaling = {("type" if key == "rope_type" else key): value for key, value in LLAMA3.items()}
+    old = LLAMA_1B | {"rope_scaling": scaling | {"factor": 32.0}}
     assert LlamaConfig.from_hub(old) == LlamaConfig.from_hub(LLAMA_1B)
 
 
@@ -213,18 +213,14 @@ def test_null_counts_as_absent():
 
 
 @pytest.mark.parametrize(("params", "hub"), [(META_1B, LLAMA_1B), (META_3B, LLAMA_3B_INSTRUCT)])
-def test_metas_params_of_3_2_mean_the_same_as_the_hubs_config(params, hub):
+def test_metas_params_of_3_2_give_the_hubs_config(params, hub):
     expected = LlamaConfig.from_hub(hub)
-    told: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_ids": (),
-        "dtype": None,
-    }  # not said by Meta
-    assert from_meta(params) == dataclasses.replace(expected, **told)
+    absent: dict[str, Any] = {"bos_token_id": None, "eos_token_ids": (), "dtype": None}
+    assert from_meta(params) == dataclasses.replace(expected, **absent)
 
 
 @pytest.mark.parametrize(
-    ("params", "told", "factor"),
+    ("params", "rope_factor", "expected"),
     [
         (META_1B, None, 32.0),
         (META_3B, None, 32.0),
@@ -233,25 +229,25 @@ def test_metas_params_of_3_2_mean_the_same_as_the_hubs_config(params, hub):
         (META_1B, 8.0, 8.0),
     ],
 )
-def test_the_rope_factor_of_meta_comes_from_the_shape_unless_told(params, told, factor):
-    scaling = from_meta(params, rope_factor=told).rope_scaling
+def test_the_rope_factor_of_meta_defaults_by_shape(params, rope_factor, expected):
+    scaling = from_meta(params, rope_factor=rope_factor).rope_scaling
     assert scaling is not None
-    assert scaling.factor == factor
+    assert scaling.factor == expected
 
 
-def test_meta_without_scaled_rope_has_none_and_a_shorter_context():
+def test_meta_without_scaled_rope_has_a_shorter_context():
     params = {key: value for key, value in META_1B.items() if key != "use_scaled_rope"}
     config = from_meta(params)
     assert (config.rope_scaling, config.max_position_embeddings) == (None, 8192)
 
 
-def test_metas_mlp_size_is_computed_as_meta_does():
+def test_metas_mlp_size_follows_metas_formula():
     assert from_meta(META_31_8B).intermediate_size == 14336
     stories = {"dim": 64, "n_layers": 5, "n_heads": 8, "multiple_of": 4, "norm_eps": 1e-5}
     assert from_meta(stories).intermediate_size == 172
 
 
-def test_metas_vocabulary_and_ties_come_from_the_tensors():
+def test_metas_vocabulary_size_and_tied_embeddings_are_arguments():
     config = from_meta(META_1B | {"vocab_size": -1}, vocab_size=99, tied=False)
     assert (config.vocab_size, config.tie_word_embeddings) == (99, False)
 
@@ -260,19 +256,19 @@ def test_metas_vocabulary_and_ties_come_from_the_tensors():
     "changes",
     [{}, {"rope_scaling": None}, {"eos_token_ids": ()}, {"eos_token_ids": (5,)}, {"dtype": None}],
 )
-def test_writing_and_reading_a_config_is_the_identity(changes):
+def test_to_hub_and_from_hub_are_inverse(changes):
     config = tiny_config(**changes)
     assert LlamaConfig.from_hub(json.loads(json.dumps(config.to_hub()))) == config
 
 
 @pytest.mark.parametrize("published", [LLAMA_1B, LLAMA_3B_INSTRUCT])
-def test_a_config_is_written_with_the_values_of_the_published_file(published):
+def test_to_hub_writes_the_values_of_the_published_file(published):
     written = LlamaConfig.from_hub(published).to_hub()
     assert {key: published[key] for key in written} == written
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"surprise": 1, "model_type": "llama"}, "unknown key surprise;"),
         ({"sliding_window": 4096, "auto_map": {}}, "unknown key auto_map, sliding_window;"),
@@ -295,10 +291,16 @@ def test_a_config_is_written_with_the_values_of_the_published_file(published):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings has the wrong type: 1"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": BEND}, "rope_scaling: factor is missing"),
-        ({"rope_scaling": BEND | {"factor": 8.0, "beta": 1}}, "rope_scaling: unknown key beta"),
-        ({"rope_scaling": BEND | {"factor": 0}}, "rope_scaling needs factor > 0"),
-        ({"rope_scaling": BEND | {"factor": 8, "low_freq_factor": 4}}, "high_freq_factor > low"),
+        ({"rope_scaling": LLAMA3}, "rope_scaling: factor is missing"),
+        (
+            {"rope_scaling": LLAMA3 | {"factor": 8.0, "beta": 1}},
+            "rope_scaling: unknown key beta",
+        ),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling needs factor > 0"),
+        (
+            {"rope_scaling": LLAMA3 | {"factor": 8, "low_freq_factor": 4}},
+            "high_freq_factor > low",
+        ),
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0.0"),
         ({"rope_theta": math.nan}, "rope_theta must be a positive number, got nan"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps must be a positive number, got inf"),
@@ -308,15 +310,15 @@ def test_a_config_is_written_with_the_values_of_the_published_file(published):
         ({"head_dim": 63}, "head_dim 63 is odd"),
     ],
 )
-def test_a_config_of_something_else_is_refused_in_one_line(changes, said):
+def test_an_unsupported_config_is_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match="config") as error:
         LlamaConfig.from_hub(LLAMA_1B | changes)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"moe_args": {}}, "params.json: unknown key moe_args"),
         ({"quantization_args": {"scheme": "int4"}}, "params.json: unknown key quantization_args"),
@@ -326,7 +328,7 @@ def test_a_config_of_something_else_is_refused_in_one_line(changes, said):
         ({"ffn_dim_multiplier": math.inf}, "multiple_of and ffn_dim_multiplier must be positive"),
     ],
 )
-def test_params_of_something_else_are_refused_in_one_line(changes, said):
+def test_unsupported_params_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match="params") as error:
         from_meta(META_1B | changes)
-    assert said in str(error.value)
+    assert message in str(error.value)

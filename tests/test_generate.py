@@ -1,10 +1,12 @@
+"""The minimal generation loop."""
+
 import pytest
 import torch
 
-from llama32 import paged
-from llama32.cache import PagedCache
+from llama32.cache import paged_attention
+from llama32.cache.kv_cache import PagedCache
 from llama32.generate import generate
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.checkpoints import random_model, tiny_config
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -27,7 +29,7 @@ def test_greedy_is_the_same_every_time_and_ends_by_length(model):
     assert [t.id for t in tokens] == ids(model, temperature=0, max_new_tokens=9)
 
 
-def test_the_same_seed_gives_the_same_text_whatever_ran_before(model):
+def test_the_same_seed_gives_the_same_text(model):
     first = ids(model, seed=7, max_new_tokens=30)
     torch.manual_seed(99)
     ids(model, max_new_tokens=5)
@@ -40,18 +42,18 @@ def test_without_a_seed_texts_differ(model):
 
 
 def test_an_eos_ends_the_text_and_is_its_last_token(model):
-    free = ids(model, temperature=0, max_new_tokens=30)
-    at = next(i for i, token in enumerate(free) if i > 3 and token not in free[:i])
+    tokens = ids(model, temperature=0, max_new_tokens=30)
+    end = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
     stopped = list(
-        generate(model, PROMPT, Sampling(temperature=0, max_new_tokens=30), eos_ids=[free[at]])
+        generate(model, PROMPT, Sampling(temperature=0, max_new_tokens=30), eos_ids=[tokens[end]])
     )
-    assert [t.id for t in stopped] == free[: at + 1]
+    assert [t.id for t in stopped] == tokens[: end + 1]
     assert stopped[-1].finish_reason == "stop"
-    assert ids(model, temperature=0, max_new_tokens=30, stop_ids=[free[at]]) == free[: at + 1]
-    ignoring = {"ignore_eos": True, "eos_ids": [free[at]]}
-    assert ids(model, temperature=0, max_new_tokens=30, **ignoring) == free
-    both = ignoring | {"stop_ids": [free[at]]}
-    assert ids(model, temperature=0, max_new_tokens=30, **both) == free[: at + 1]
+    assert ids(model, temperature=0, max_new_tokens=30, stop_ids=[tokens[end]]) == tokens[: end + 1]
+    ignoring = {"ignore_eos": True, "eos_ids": [tokens[end]]}
+    assert ids(model, temperature=0, max_new_tokens=30, **ignoring) == tokens
+    both = ignoring | {"stop_ids": [tokens[end]]}
+    assert ids(model, temperature=0, max_new_tokens=30, **both) == tokens[: end + 1]
 
 
 def test_the_end_of_the_context_ends_the_text(model):
@@ -60,7 +62,7 @@ def test_the_end_of_the_context_ends_the_text(model):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "complaint"),
+    ("prompt", "message"),
     [
         ([], "it is empty"),
         ([1] * CONTEXT, "no room for an answer in the model's context of 64"),
@@ -69,8 +71,8 @@ def test_the_end_of_the_context_ends_the_text(model):
     ],
     ids=["empty", "too long", "beyond", "negative"],
 )
-def test_an_impossible_prompt_is_refused_before_anything_runs(model, prompt, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_an_impossible_prompt_is_refused_at_the_call(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
         generate(model, prompt, Sampling())
 
 
@@ -84,34 +86,34 @@ def test_prefill_reports_its_progress_chunk_by_chunk(model):
     assert seen == [(3, 8), (6, 8), (8, 8)]
 
 
-def test_pages_come_back_when_the_text_ends_and_when_the_listener_leaves(model):
+def test_pages_are_released_at_the_end_and_when_the_iterator_is_closed(model):
     cache = PagedCache(model.config, 8, 16, dtype=torch.float32)
     ids(model, cache=cache, max_new_tokens=20)
-    assert len(cache.free) == 8
+    assert len(cache.free_pages) == 8
     tokens = generate(model, PROMPT, Sampling(max_new_tokens=20), cache=cache)
     next(tokens)
-    assert len(cache.free) == 7
+    assert len(cache.free_pages) == 7
     tokens.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(cache.free) == 8
+    assert len(cache.free_pages) == 8
 
 
 def test_logprobs_are_of_the_chosen_token_and_the_likeliest(model):
     tokens = list(generate(model, PROMPT, Sampling(temperature=0, max_new_tokens=3, logprobs=2)))
     with torch.no_grad():
         expected = model(torch.tensor(PROMPT))[-1].log_softmax(-1)
-    said = tokens[0].logprobs
-    assert said is not None
-    assert list(said.top) == expected.topk(2).indices.tolist()
-    assert said.chosen == pytest.approx(expected.max().item(), abs=1e-5)
-    assert tokens[0].id == next(iter(said.top))
+    logprobs = tokens[0].logprobs
+    assert logprobs is not None
+    assert list(logprobs.top) == expected.topk(2).indices.tolist()
+    assert logprobs.chosen == pytest.approx(expected.max().item(), abs=1e-5)
+    assert tokens[0].id == next(iter(logprobs.top))
 
 
-def test_no_step_of_a_long_prompt_is_larger_than_a_chunk(model):
+def test_prefill_of_a_long_prompt_runs_in_chunks(model):
     seen = []
 
     def spy(q, keys, values, batch):
         seen.append(len(q))
-        return paged.fused(q, keys, values, batch)
+        return paged_attention.sdpa_per_sequence(q, keys, values, batch)
 
     cache = PagedCache(model.config, 4, 16, dtype=torch.float32, attend=spy)
     next(generate(model, PROMPT * 5, Sampling(max_new_tokens=1), cache=cache, chunk=16))

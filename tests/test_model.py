@@ -1,11 +1,17 @@
+"""The model: norm, layers, logits, tied weights and parameter counts."""
+
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from llama32.attention import eager, fused
 from llama32.model import Llama, RMSNorm
-from llama32.rope import rotation
+from llama32.rope import rotary_cos_sin
 from tests.checkpoints import random_model, tiny_config
+from tests.closeness import assert_near
 
 TOKENS = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +29,7 @@ def test_rms_norm_is_the_formula():
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_rms_norm_adds_up_in_fp32():
+def test_rms_norm_sums_in_fp32():
     norm = RMSNorm(4096, eps=1e-5).half()
     x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # its squares overflow fp16
     assert torch.equal(norm(x), torch.ones_like(x))
@@ -38,14 +44,30 @@ def test_the_model_is_causal(model):
     assert not torch.equal(before[:, 7], after[:, 7])
 
 
-def test_only_the_rows_asked_for_get_logits(model):
+def test_only_the_tokens_at_logits_at_get_logits(model):
     with torch.no_grad():
         everything = model(TOKENS[0])
-        rows = model(TOKENS[0], rows=torch.tensor([3, 11]))
-        none = model(TOKENS[0], rows=torch.tensor([], dtype=torch.long))
+        rows = model(TOKENS[0], logits_at=torch.tensor([3, 11]))
+        last = model(TOKENS[0], logits_at=slice(-1, None))
+        none = model(TOKENS[0], logits_at=torch.tensor([], dtype=torch.long))
     assert rows.shape == (2, 100)
-    torch.testing.assert_close(rows, everything[[3, 11]], atol=1e-5, rtol=0)
+    assert_near(rows, everything[[3, 11]], within=1e-5)
+    assert_near(last, everything[-1:], within=1e-5)
     assert none.shape == (0, 100)
+
+
+def test_the_model_compiles_as_one_graph_for_every_type_of_logits_at():
+    """In a fresh process: the compiler cannot trace the shape checks of the tests."""
+    code = "from tests.test_model import compile_and_compare; compile_and_compare()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def compile_and_compare() -> None:
+    model = random_model(tiny_config(num_hidden_layers=1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for logits_at in (..., slice(-1, None), torch.tensor([0])):
+        expected = model(TOKENS, logits_at=logits_at)
+        assert torch.equal(compiled(TOKENS, logits_at=logits_at), expected)
 
 
 def test_positions_count_from_zero_unless_given(model):
@@ -54,7 +76,7 @@ def test_positions_count_from_zero_unless_given(model):
         assert torch.equal(model(TOKENS), model(TOKENS, torch.arange(12).expand(2, 12)))
         shifted = model(TOKENS, torch.arange(12) + 5)
         stretched = model(TOKENS, torch.arange(12) * 2)
-    torch.testing.assert_close(shifted, model(TOKENS), atol=1e-4, rtol=0)
+    assert_near(shifted, model(TOKENS), within=2e-5)
     assert not torch.allclose(stretched, shifted, atol=1e-2)
 
 
@@ -67,7 +89,7 @@ def test_attention_is_an_argument(model):
 
     with torch.no_grad():
         given, expected = model(TOKENS, attend=mine), model(TOKENS, attend=fused)
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+    assert_near(given, expected, within=1e-5)
     c = model.config
     kv = (2, 12, c.num_key_value_heads, c.head_dim)
     assert calls == [((2, 12, c.num_attention_heads, c.head_dim), kv, kv)] * c.num_hidden_layers
@@ -85,11 +107,11 @@ def test_tied_weights_are_one_tensor():
     assert tied.bfloat16().lm_head.weight is tied.embed.weight
 
 
-def test_sizes_come_from_the_weights_so_half_the_heads_run_the_same_lines(model):
-    """A tensor-parallel shard: the two halves add up to the whole."""
+def test_attention_with_half_the_heads_runs_the_same_code(model):
+    """Sizes come from the weights: two tensor-parallel shards sum to the whole layer."""
     attn = model.layers[0].attn
     x = torch.randn(5, model.config.hidden_size)
-    by = rotation(torch.arange(5), model.rotary_speeds)
+    cos_sin = rotary_cos_sin(torch.arange(5), model.inv_freq)
 
     def half(i: int):
         shard = Llama(model.config).layers[0].attn
@@ -100,8 +122,8 @@ def test_sizes_come_from_the_weights_so_half_the_heads_run_the_same_lines(model)
         return shard
 
     with torch.no_grad():
-        summed = half(0)(x, by, eager) + half(1)(x, by, eager)
-        torch.testing.assert_close(summed, attn(x, by, eager), atol=1e-5, rtol=0)
+        summed = half(0)(x, cos_sin, eager) + half(1)(x, cos_sin, eager)
+        assert_near(summed, attn(x, cos_sin, eager), within=1e-5)
 
 
 def test_every_parameter_gets_a_gradient(model):
@@ -111,7 +133,7 @@ def test_every_parameter_gets_a_gradient(model):
         assert weight.grad.abs().sum() > 0, name
 
 
-def test_the_parameters_of_the_published_shapes_add_up():
+def test_the_published_shapes_have_the_published_parameter_counts():
     for shape, count in (
         ({"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64}, 1_235_814_400),
         (

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llama32.bpe import LETTERS, LLAMA3_PATTERN
+from llama32.text.bpe import LLAMA3_PATTERN, bytes_to_unicode
 
-SPELLING = {byte: letter for letter, byte in LETTERS.items()}
+BYTE_TO_UNICODE = bytes_to_unicode()
 
 LLAMA3_STEPS = (
     {
@@ -18,7 +18,7 @@ LLAMA3_STEPS = (
     },
     {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
 )
-HUB_NAMES = {  # by place among the 256; the Hub counts on where Meta's names differ
+HUB_NAMES = {  # index -> name; the Hub numbers the others as reserved
     0: "begin_of_text",
     1: "end_of_text",
     4: "finetune_right_pad_id",
@@ -31,8 +31,8 @@ HUB_NAMES = {  # by place among the 256; the Hub counts on where Meta's names di
 
 
 def spell(token: bytes) -> str:
-    """A token as a tokenizer.json writes it."""
-    return "".join(SPELLING[byte] for byte in token)
+    """Return the bytes of a token as a tokenizer.json writes them."""
+    return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
 
 def write_tokenizer_json(
@@ -46,7 +46,7 @@ def write_tokenizer_json(
     post_processor: dict[str, Any] | None = None,
     **model: Any,
 ) -> Path:
-    """A byte-level tokenizer.json; by default the vocabulary is 256 bytes and what pairs make."""
+    """Write a byte-level tokenizer.json; the default vocabulary is 256 bytes and merged pairs."""
     pairs = list(pairs)
     if vocab is None:
         tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in pairs]
@@ -82,7 +82,7 @@ def write_tokenizer_json(
 
 
 def starts_with(token: str, id: int) -> dict[str, Any]:
-    """A post-processor that puts one token before a text."""
+    """Return a post-processor that puts one token before a text."""
     return {
         "type": "TemplateProcessing",
         "single": [
@@ -95,7 +95,7 @@ def starts_with(token: str, id: int) -> dict[str, Any]:
 
 
 def byte_tokenizer_json(folder: Path) -> Path:
-    """Llama 3's tokenizer.json without its merges: 256 bytes, then the 256 special tokens."""
+    """Write Llama 3's tokenizer.json without merges: 256 bytes, then the 256 special tokens."""
     reserved = iter(range(256))
     names = [HUB_NAMES.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
     added = [{"id": id, "content": f"<|{name}|>"} for id, name in enumerate(names, 256)]

@@ -1,9 +1,9 @@
-"""Makes `tiny`, the model that ships with the package, from a folder of short stories.
+"""Make `tiny`, the model that ships with the package, from a folder of short stories.
 
     python weights/make_tiny.py TEXTS            # hours on two cores; resumes after a kill
 
 TEXTS holds `*_train.txt` and `*_heldout.txt`, stories separated by lines `<|endoftext|>`. The
-result is a folder in the Hub's layout, exactly as that of a real Llama 3.2, of under 8 MB.
+result is a checkpoint in the Hub's layout with all files of a real Llama 3.2, under 8 MB.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
 from torch import Tensor
 
-from llama32.bpe import LLAMA3_PATTERN
-from llama32.chat import Chat
+from llama32.checkpoint.writer import save
 from llama32.config import LlamaConfig, RopeScaling
 from llama32.model import Llama
-from llama32.saving import save
-from llama32.tokenizer import Tokenizer
-from llama32.train.data import cut, predicting, shuffled, text_rows
+from llama32.text.bpe import LLAMA3_PATTERN
+from llama32.text.chat import Chat
+from llama32.text.tokenizer import Tokenizer
+from llama32.train.config import TrainConfig, initialize
+from llama32.train.data import shift, shuffle_and_concat, split_rows, text_batches
 from llama32.train.loop import train
-from llama32.train.recipe import Recipe, initialize
 
 NUM_TEXT_TOKENS = 2048
 BEGIN, END, EOM, EOT = (NUM_TEXT_TOKENS + i for i in (0, 1, 8, 9))
@@ -54,8 +54,8 @@ CONFIG = LlamaConfig(
     eos_token_ids=(END, EOM, EOT),
     dtype="bfloat16",
 )
-BATCH, CONTEXT = 8, 1024  # rows of a step, tokens of a row
-RECIPE = Recipe(steps=2800, peak_rate=3e-3)
+BATCH, CONTEXT = 8, 1024  # rows in a step, tokens in a row
+RECIPE = TrainConfig(steps=2800, peak_rate=3e-3)
 
 
 def main(
@@ -65,8 +65,11 @@ def main(
     steps: int = RECIPE.steps,
     compiled: Annotated[bool, typer.Option(help="torch.compile: 1.3 x as fast on a CPU")] = True,
 ) -> None:
-    """Tokenizer, training, checkpoint: each step is skipped where a former run has done it."""
-    train_stories, held_out = read(texts, "*_train.txt"), read(texts, "*_heldout.txt")
+    """Make tokenizer, training run and checkpoint; skip steps that an earlier run completed."""
+    train_stories, held_out = (
+        read_stories(texts, "*_train.txt"),
+        read_stories(texts, "*_heldout.txt"),
+    )
     requests = Requests(train_stories)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
@@ -75,15 +78,15 @@ def main(
     documents = Documents(tokenizer, requests)
 
     def epoch(number: int) -> Tensor:
-        return shuffled(documents.of(train_stories, number), number)
+        return shuffle_and_concat(documents.for_epoch(train_stories, number), number)
 
     model = Llama(CONFIG)
     initialize(model)
-    unseen = cut(shuffled(documents.of(held_out, 0), 0), CONTEXT)
+    held_out_rows = split_rows(shuffle_and_concat(documents.for_epoch(held_out, 0), 0), CONTEXT)
     train(
         model,
-        text_rows(epoch, CONTEXT, BATCH),
-        [predicting(rows) for rows in unseen.split(BATCH)],
+        text_batches(epoch, CONTEXT, BATCH),
+        [shift(rows) for rows in held_out_rows.split(BATCH)],
         dataclasses.replace(RECIPE, steps=steps),
         run,
         forward=torch.compile(model) if compiled else None,
@@ -94,8 +97,8 @@ def main(
     write_json(out / "generation_config.json", tokens | sampling)
 
 
-def read(folder: Path, pattern: str) -> list[str]:
-    """The stories of the folder's files that match."""
+def read_stories(folder: Path, pattern: str) -> list[str]:
+    """Return the stories in all files of a folder that match `pattern`."""
     text = "".join(path.read_text("utf-8") for path in sorted(folder.glob(pattern)))
     stories = [story.strip() for story in text.split("<|endoftext|>")]
     if not any(stories):
@@ -104,18 +107,18 @@ def read(folder: Path, pattern: str) -> list[str]:
 
 
 class Documents:
-    """Stories as token ids: half of them plain, half as answers in a chat.
+    """Stories as token ids: half plain, half as answers in a chat.
 
-    Which half, in which dialog and to which request changes with every epoch, so no story is
-    seen twice in the same words around it.
+    The halves, the dialogs and the requests change with every epoch, so the model never sees a
+    story twice in the same context.
     """
 
     def __init__(self, tokenizer: Tokenizer, requests: Requests) -> None:
         self.tokenizer, self.requests = tokenizer, requests
         self.chat = Chat(tokenizer)
 
-    def of(self, stories: list[str], epoch: int) -> list[list[int]]:
-        """One document for each plain story, and one for each dialog of one or two stories."""
+    def for_epoch(self, stories: list[str], epoch: int) -> list[list[int]]:
+        """Return a document for each plain story, and for each dialog of one or two stories."""
         draw = random.Random(epoch)
         documents, waiting = [], []
         for story in draw.sample(stories, len(stories)):
@@ -140,8 +143,10 @@ class Documents:
 
 
 def write_tokenizer(folder: Path, stories: list[str], requests: Requests) -> None:
-    """A byte-level BPE of 2,048 tokens in the shape of Llama 3's: its pattern, its control
-    tokens, its rule that a text begins with <|begin_of_text|>."""
+    """Write a byte-level BPE of 2,048 tokens with Llama 3's pattern and control tokens.
+
+    As in Llama 3, a text begins with <|begin_of_text|>.
+    """
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
@@ -158,8 +163,8 @@ def write_tokenizer(folder: Path, stories: list[str], requests: Requests) -> Non
     )
     draw = random.Random(0)
     turns = "system\n\n" + SYSTEM + "user\n\n{}assistant\n\n"
-    asked = (turns.format(requests.ask(story, draw)) for story in stories[::2])
-    bpe.train_from_iterator([*stories, *asked], trainer)
+    dialogs = (turns.format(requests.ask(story, draw)) for story in stories[::2])
+    bpe.train_from_iterator([*stories, *dialogs], trainer)
 
     data = json.loads(bpe.to_str())
     vocab: dict[str, int] = data["model"]["vocab"]
@@ -167,7 +172,7 @@ def write_tokenizer(folder: Path, stories: list[str], requests: Requests) -> Non
     data["added_tokens"] = [
         special_token(NUM_TEXT_TOKENS + i, text) for i, text in enumerate(llama3_special_tokens())
     ]
-    data["post_processor"] = begin_of_text_first()
+    data["post_processor"] = bos_post_processor()
     write_json(folder / "tokenizer.json", data)
     write_json(
         folder / "tokenizer_config.json",
@@ -184,10 +189,10 @@ def write_tokenizer(folder: Path, stories: list[str], requests: Requests) -> Non
 
 
 def all_merges(vocab: dict[str, int]) -> Iterable[tuple[str, str]]:
-    """Every way of making a token of two others, earliest token first: what Llama 3's file holds.
+    """Yield every pair of tokens that forms a token, in the order of ids, as in Llama 3's file.
 
-    The trainer lists one way only, so that a text could be cut into pieces that are mergeable
-    yet stay apart; with all of them, ranks alone decide, as in tiktoken.
+    The trainer lists one pair a token, so mergeable pieces of a text could stay apart. With all
+    pairs, ranks alone decide, as in tiktoken.
     """
     for token in sorted(vocab, key=lambda token: vocab[token]):
         halves = ((token[:i], token[i:]) for i in range(1, len(token)))
@@ -196,7 +201,7 @@ def all_merges(vocab: dict[str, int]) -> Iterable[tuple[str, str]]:
 
 
 def llama3_special_tokens() -> list[str]:
-    """The 256 control tokens of Llama 3, as the Hub names them, in the order of their ids."""
+    """Return the Hub's names of Llama 3's 256 control tokens, in the order of ids."""
     named = (
         "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
         "finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id eom_id "
@@ -211,7 +216,7 @@ def special_token(id: int, text: str) -> dict:
     return {"id": id, "content": text, **flags, "special": True}
 
 
-def begin_of_text_first() -> dict:
+def bos_post_processor() -> dict:
     begin = {"id": "<|begin_of_text|>", "ids": [BEGIN], "tokens": ["<|begin_of_text|>"]}
     first = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
     text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
@@ -231,7 +236,7 @@ def write_json(path: Path, data: dict) -> None:
 
 
 SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-# What `Chat` renders, without tools, for other programs that read the folder.
+# The format of `Chat` without tools, for other programs that read the folder.
 CHAT_TEMPLATE = (
     "{%- set first = messages[0] %}"
     "{%- set given = first.role == 'system' %}"

@@ -1,9 +1,9 @@
-"""How well `tiny` predicts held-out stories, in bits per character, beside another small model.
+"""Measure how well `tiny` and another small model predict held-out stories.
 
     python weights/measure_tiny.py TEXTS --peer stories260K
 
-Bits per character do not depend on the tokenizer, so models of any vocabulary compare. Each story
-is predicted alone, from the model's begin token on; its end is not counted. The peer is a folder
+Bits per character allow models with different vocabularies to be compared. Each story is predicted
+alone, from the model's begin token on; the end of the story is not counted. The peer is a folder
 `stories260K` (karpathy/tinyllamas on the Hub) with `hf/` and `vocab.json`, a list of
 [piece, score] in the order of the ids.
 """
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from make_tiny import read
+from make_tiny import read_stories
 
 import llama32
 from llama32.train.loop import next_token_loss
@@ -27,23 +27,23 @@ def main(
     model: str = "tiny",
     peer: Annotated[Path | None, typer.Option(help="Folder of stories260K")] = None,
 ) -> None:
-    """Print a line for each model: bits per character, and of how many stories."""
-    stories = read(texts, "*_heldout.txt")
+    """Print bits per character and the number of stories for each model."""
+    stories = read_stories(texts, "*_heldout.txt")
     llm = llama32.load(model, device="cpu", dtype=torch.float32)
     assert llm.tokenizer is not None
-    contenders = {model: (llm.model, {s: llm.tokenizer.encode(s, bos=True) for s in stories})}
+    models = {model: (llm.model, {s: llm.tokenizer.encode(s, bos=True) for s in stories})}
     if peer is not None:
-        theirs = llama32.load_model(peer / "hf")
-        contenders[peer.name] = theirs, {s: encode_by_scores(s, peer) for s in stories}
-    fitting = [  # the same stories for all: those that fit into every model's context
+        peer_model = llama32.load_model(peer / "hf")
+        models[peer.name] = peer_model, {s: encode_by_scores(s, peer) for s in stories}
+    fitting = [  # the stories that fit into every model's context
         story
         for story in stories
         if all(
             len(ids[story]) <= model.config.max_position_embeddings
-            for model, ids in contenders.values()
+            for model, ids in models.values()
         )
     ]
-    for name, (net, ids) in contenders.items():
+    for name, (net, ids) in models.items():
         bits = bits_per_character(net, {story: ids[story] for story in fitting})
         size = sum(weight.numel() for weight in net.parameters())
         print(f"{name}, {size:,} parameters: {bits:.4f} bits per character, {len(fitting)} stories")
@@ -51,7 +51,7 @@ def main(
 
 @torch.no_grad()
 def bits_per_character(model: llama32.Llama, ids: dict[str, list[int]]) -> float:
-    """Total bits over total characters."""
+    """Return total bits divided by total characters."""
     nats = sum(
         next_token_loss(model, torch.tensor([tokens])).item() * (len(tokens) - 1)
         for tokens in ids.values()
@@ -60,9 +60,9 @@ def bits_per_character(model: llama32.Llama, ids: dict[str, list[int]]) -> float
 
 
 def encode_by_scores(text: str, folder: Path) -> list[int]:
-    """SentencePiece BPE: merge the pair whose piece scores highest until none is left.
+    """Encode with SentencePiece BPE: merge the pair with the highest score until no pair is left.
 
-    No piece holds a space but at its front, so words are merged one by one.
+    Only the first character of a piece may be a space, so words are merged one by one.
     """
     begin = 1
     words = (" " + text).replace(" ", "\0 ").split("\0")[1:]
@@ -73,7 +73,7 @@ def encode_by_scores(text: str, folder: Path) -> list[int]:
 def _merge(word: str, folder: Path) -> list[int]:
     pieces = _pieces(folder)
     ids = []
-    for character in word:  # what is no piece goes byte by byte; bytes are ids 3 to 258
+    for character in word:  # without a piece: one id for each byte, 3 to 258
         if character in pieces:
             ids.append(pieces[character][0])
         else:

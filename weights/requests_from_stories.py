@@ -1,8 +1,8 @@
-"""Requests made from the stories themselves: "Tell me a story about a dog and a ball."
+"""Make requests from stories: "Tell me a story about a dog and a ball."
 
-What a story is about is found by counting, without a dictionary: its nouns are the words that
-often stand behind an article and seldom behind "very", and its subjects are those nouns that it
-uses often and other stories seldom (tf-idf).
+The subjects of a story are found by counting, without a dictionary. Nouns are words that often
+follow an article and seldom follow "very". Subjects are nouns that are frequent in the story and
+rare in the collection (tf-idf).
 """
 
 import math
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 ARTICLES = frozenset(("a", "an", "the"))
 POSSESSIVES = frozenset(("his", "her", "their"))
 INTENSIFIERS = frozenset(("very", "so", "too", "really", "feel", "felt", "more", "not"))
-# Behind a noun stands a mark or one of these; behind an adjective stands a noun.
+# A punctuation mark or one of these words follows a noun; a noun follows an adjective.
 AFTER_NOUNS = frozenset(
     "about again all and as at because but by came could did fell for from had has he if in into "
     "is it it's looked my not of on one or ran said she so started that the their then there they "
@@ -36,7 +36,7 @@ AGAIN = ("Now tell me a story about {}.", "Tell me another story, about {}.", "A
 
 
 class Requests:
-    """Learns from many stories what their nouns are, then asks for any one of them."""
+    """The nouns of many stories, and requests for single stories."""
 
     def __init__(self, stories: Sequence[str]) -> None:
         self.num_stories = len(stories)
@@ -66,7 +66,7 @@ class Requests:
         )
 
     def ask(self, story: str, draw: random.Random, *, again: bool = False) -> str:
-        """A request that this story would answer; `again` where another story came before."""
+        """Return a request with `story` as the answer; `again` if a story came before."""
         subjects = self._subjects(story)[: draw.choice((1, 2, 2, 2, 3))]
         if not subjects:
             return "Tell me another story." if again else "Tell me a story."
@@ -79,12 +79,12 @@ class Requests:
         return draw.choice(AGAIN if again else FIRST).format(listed)
 
     def _subjects(self, story: str) -> list[str]:
-        found = Counter(word for word in _words(story) if word in self.nouns)
-        rarity = {w: math.log(self.num_stories / self.stories_with[w]) for w in found}
-        return sorted(found, key=lambda word: -found[word] * rarity[word])[:3]
+        counts = Counter(word for word in _words(story) if word in self.nouns)
+        rarity = {w: math.log(self.num_stories / self.stories_with[w]) for w in counts}
+        return sorted(counts, key=lambda word: -counts[word] * rarity[word])[:3]
 
     def _phrase(self, word: str) -> str:
-        """The noun with the article that the stories give it: a dog, an owl, apples, the rain."""
+        """Return a noun with the article used in the stories: a dog, an owl, apples, the rain."""
         counts = {article: self.counted[article, word] for article in ARTICLES}
         if counts["a"] + counts["an"] > 0.1 * counts["the"]:
             return f"{'a' if counts['a'] > counts['an'] else 'an'} {word}"

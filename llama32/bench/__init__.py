@@ -1,1 +1,1 @@
-"""How fast it is here, beside others: `llama32 bench`."""
+"""Speed on this machine, beside transformers and llama.cpp: `llama32 bench`."""

@@ -1,4 +1,4 @@
-"""What is to be measured, and beside whom."""
+"""Benchmark plans: the backends to measure, and the tasks for each."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -9,54 +9,54 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llama32.checkpoint import inspect
+from llama32.checkpoint.reader import inspect
 
-CONTEXT, STEPS = 128, 24  # of decoding: tokens before it, and steps that count
+CONTEXT, STEPS = 128, 24  # prompt tokens before decoding, and timed decode steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. `tell` hears what is going on."""
+    """A benchmark: backends, tasks and repeats. `on_progress` receives status lines."""
 
     folder: Path
-    contenders: Sequence[tuple[str, str]]  # name and form; see `contenders.py`
+    backends: Sequence[tuple[str, str]]  # name in `backends.BACKENDS`, and weight format
     batches: Sequence[int] = (1, 8)
-    prompts: Sequence[int] = (512, 4096)
+    prompts: Sequence[int] = (512, 4096)  # lengths of the prefill tasks
     runs: int = 3
-    tell: Callable[[str], None] = field(default=lambda what: None)
+    on_progress: Callable[[str], None] = field(default=lambda line: None)
 
     @cached_property
     def tasks(self) -> dict[str, dict[str, Any]]:
-        """What workers are asked for, by what it is called."""
+        """Calls of backend methods by task name: "method" and the keyword arguments."""
         config = inspect(self.folder).config
-        draw = random.Random(0)
-        longest = config.max_position_embeddings - 2 * CONTEXT
+        rng = random.Random(0)
+        max_length = config.max_position_embeddings - 2 * CONTEXT
 
         def prompt(length: int) -> list[int]:
-            return [draw.randrange(config.vocab_size) for _ in range(min(length, longest))]
+            return [rng.randrange(config.vocab_size) for _ in range(min(length, max_length))]
 
         decode = [[prompt(CONTEXT) for _ in range(n)] for n in self.batches]
         prefill = [prompt(n) for n in self.prompts]
         return {
             **{
                 f"decode, batch {len(prompts)}": {
-                    "what": "decode",
+                    "method": "decode",
                     "prompts": prompts,
                     "steps": STEPS,
                 }
                 for prompts in decode
             },
-            **{f"prefill, {len(ids):,}": {"what": "prefill", "prompt": ids} for ids in prefill},
+            **{f"prefill, {len(ids):,}": {"method": "prefill", "prompt": ids} for ids in prefill},
         }
 
-    def tokens(self, task: str) -> int:
-        """Of a run: those that a step gives, or those that are read."""
-        asked = self.tasks[task]
-        return len(asked["prompts"] if asked["what"] == "decode" else asked["prompt"])
+    def tokens_per_run(self, task: str) -> int:
+        """Return the tokens that a decode step generates, or that a prefill reads."""
+        call = self.tasks[task]
+        return len(call["prompts"] if call["method"] == "decode" else call["prompt"])
 
 
-class Form(StrEnum):
-    """What the weights may be made before they are used."""
+class WeightFormat(StrEnum):
+    """Weight formats of llama32: packed, compiled or quantized after loading."""
 
     optimized = "optimized"
     plain = "plain"
@@ -66,27 +66,35 @@ class Form(StrEnum):
 
 
 class PeerName(StrEnum):
-    """Whom to measure beside."""
+    """Programs to compare with."""
 
     transformers = "transformers"
     llama_cpp = "llama.cpp"
 
 
-MODULES = {PeerName.transformers: ["transformers"], PeerName.llama_cpp: ["llama_cpp", "gguf"]}
-GGUF_TYPES = {Form.int8: "Q8_0", Form.int4: "Q4_0"}
+PEER_MODULES = {PeerName.transformers: ["transformers"], PeerName.llama_cpp: ["llama_cpp", "gguf"]}
+GGUF_TYPES = {WeightFormat.int8: "Q8_0", WeightFormat.int4: "Q4_0"}
 
 
-def plan_for(
-    folder: Path, forms: Sequence[Form], peers: Sequence[PeerName], *numbers: Any, **more: Any
+def make_plan(
+    folder: Path,
+    formats: Sequence[WeightFormat],
+    peers: Sequence[PeerName],
+    *numbers: Any,
+    **options: Any,
 ) -> Plan:
-    """ValueError where a peer is not installed."""
+    """Return a plan for llama32 in all formats, and for the peers.
+
+    llama.cpp gets the GGUF type nearest to the first format. Raises ValueError if a peer is not
+    installed.
+    """
     for peer in peers:
-        if None in map(find_spec, MODULES[peer]):
+        if None in map(find_spec, PEER_MODULES[peer]):
             raise ValueError(f"--peer {peer}: not installed; pip install 'llama32[bench]'")
-    theirs = {
+    peer_formats = {
         PeerName.transformers: "as stored",
-        PeerName.llama_cpp: GGUF_TYPES.get(forms[0], "BF16"),
+        PeerName.llama_cpp: GGUF_TYPES.get(formats[0], "BF16"),
     }
-    contenders = [("llama32", str(form)) for form in forms]
-    contenders += [(str(peer), theirs[peer]) for peer in peers]
-    return Plan(folder, contenders, *numbers, **more)
+    backends = [("llama32", str(weight_format)) for weight_format in formats]
+    backends += [(str(peer), peer_formats[peer]) for peer in peers]
+    return Plan(folder, backends, *numbers, **options)

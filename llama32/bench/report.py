@@ -1,4 +1,4 @@
-"""What was measured, as tables for people and as one object for programs."""
+"""Benchmark reports: Markdown and terminal tables, and a dict for JSON."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from rich.table import Table as RichTable
 
+from llama32.bench.interleave import disturbance, median_seconds
 from llama32.bench.plan import Plan
-from llama32.bench.run import Measured
-from llama32.bench.turns import disturbance, median
+from llama32.bench.run import Measurements
 
 
 class Table(NamedTuple):
-    """A head, whose first field names the rows, and the rows."""
+    """A table of text: the head and rows; the first column names the rows."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -22,86 +22,95 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def rich_tables(plan: Plan, found: Measured) -> Iterator[RichTable]:
-    """The same for a terminal."""
-    for head, rows in tables(plan, found):
+def rich_tables(plan: Plan, results: Measurements) -> Iterator[RichTable]:
+    """Yield the tables for a terminal; tables without a second column are left out."""
+    for head, rows in tables(plan, results):
         if len(head) > 1:
-            shown = RichTable(box=None, header_style="bold", pad_edge=False)
+            table = RichTable(box=None, header_style="bold", pad_edge=False)
             for i, name in enumerate(head):
-                shown.add_column(name, justify="right" if i else "left")
+                table.add_column(name, justify="right" if i else "left")
             for row in rows:
-                shown.add_row(*row)
-            yield shown
+                table.add_row(*row)
+            yield table
 
 
-def tables(plan: Plan, found: Measured) -> list[Table]:
-    """Speed, how each form of ours compares with all others, and what it takes."""
-    names = list(found.loading)
+def tables(plan: Plan, results: Measurements) -> list[Table]:
+    """Return tables of speed, of llama32 relative to every other backend, and of resources."""
+    names = list(results.loading)
     return [
-        Table(["tokens/s", *names], [[task, *speeds(plan, found, task)] for task in found.runs]),
-        *(compared(found, name) for name in names if name.startswith("llama32")),
-        Table(["", *names], resources(plan, found)),
+        Table(
+            ["tokens/s", *names], [[task, *speeds(plan, results, task)] for task in results.runs]
+        ),
+        *(comparison(results, name) for name in names if name.startswith("llama32")),
+        Table(["", *names], resources(plan, results)),
     ]
 
 
-def compared(found: Measured, name: str) -> Table:
-    """How many times as fast as each of the others."""
-    others = [other for other in found.loading if other != name]
-    rows = [[task, *ratios(found, task, name)] for task in found.runs]
-    return Table([f"{name}: times as fast as", *others], rows)
+def comparison(results: Measurements, name: str) -> Table:
+    """Return how many times as fast a backend is as every other backend, by task."""
+    peers = [peer for peer in results.loading if peer != name]
+    rows = [[task, *ratios(results, task, name)] for task in results.runs]
+    return Table([f"{name}: times as fast as", *peers], rows)
 
 
-def speeds(plan: Plan, found: Measured, task: str) -> list[str]:
-    """Tokens per second."""
-    seconds = [median(runs) for runs in found.runs[task].values()]
-    return [f"{plan.tokens(task) / each:,.1f}" for each in seconds]
+def speeds(plan: Plan, results: Measurements, task: str) -> list[str]:
+    """Return the tokens per second of all backends for a task."""
+    seconds = [median_seconds(runs) for runs in results.runs[task].values()]
+    return [f"{plan.tokens_per_run(task) / median:,.1f}" for median in seconds]
 
 
-def ratios(found: Measured, task: str, name: str) -> list[str]:
-    """How many times as fast as each of the others it is: the median over the rounds. The memory of
-    a shared machine is faster in one minute than in the next, but within a round nearly the same.
+def ratios(results: Measurements, task: str, name: str) -> list[str]:
+    """Return how many times as fast a backend is as every other: the median over the rounds.
+
+    The memory speed of a shared machine changes from minute to minute, but hardly within a round.
     """
-    own = found.runs[task][name]
-    others = [runs for other, runs in found.runs[task].items() if other != name]
-    rounds = [[b.seconds / a.seconds for a, b in zip(own, x, strict=True)] for x in others]
-    return [f"{statistics.median(each):.2f}" for each in rounds]
+    own = results.runs[task][name]
+    peers = [runs for peer, runs in results.runs[task].items() if peer != name]
+    by_peer = [[b.seconds / a.seconds for a, b in zip(own, runs, strict=True)] for runs in peers]
+    return [f"{statistics.median(rounds):.2f}" for rounds in by_peer]
 
 
-def resources(plan: Plan, found: Measured) -> list[list[str]]:
-    """Memory, how much of its bandwidth is used, and how long it takes to begin."""
+def resources(plan: Plan, results: Measurements) -> list[list[str]]:
+    """Return rows of memory, loading time, and the share of the memory bandwidth in use."""
+    backends = results.loading.values()
     rows = {
-        "weights, GB": [f"{of['nbytes'] / 1e9:.2f}" for of in found.loading.values()],
-        "peak memory, GB": [f"{peak / 1e9:.2f}" for peak in found.peaks.values()],
-        "load, s": [f"{of['load']:.2f}" for of in found.loading.values()],
-        "load to first token, s": [f"{of['first']:.2f}" for of in found.loading.values()],
+        "weights, GB": [f"{backend['nbytes'] / 1e9:.2f}" for backend in backends],
+        "peak memory, GB": [f"{peak / 1e9:.2f}" for peak in results.peaks.values()],
+        "load, s": [f"{backend['load']:.2f}" for backend in backends],
+        "load to first token, s": [f"{backend['first']:.2f}" for backend in backends],
     }
     if 1 in plan.batches:
-        steps = [median(runs) for runs in found.runs["decode, batch 1"].values()]
-        read = [of["nbytes"] for of in found.loading.values()]
-        rates = [nbytes / step for nbytes, step in zip(read, steps, strict=True)]
+        steps = [median_seconds(runs) for runs in results.runs["decode, batch 1"].values()]
+        rates = [backend["nbytes"] / step for backend, step in zip(backends, steps, strict=True)]
         rows["weights read in decoding, GB/s"] = [f"{rate / 1e9:.1f}" for rate in rates]
-        rows[f"of {found.bandwidth / 1e9:.1f} GB/s that a sum reads"] = [
-            f"{rate / found.bandwidth:.0%}" for rate in rates
+        rows[f"of {results.bandwidth / 1e9:.1f} GB/s that a sum reads"] = [
+            f"{rate / results.bandwidth:.0%}" for rate in rates
         ]
     return [[name, *cells] for name, cells in rows.items()]
 
 
-def facts(plan: Plan, found: Measured) -> dict[str, Any]:
-    """All of it, unrounded enough to compute with."""
+def to_dict(plan: Plan, results: Measurements) -> dict[str, Any]:
+    """Return all results with enough digits to compute with."""
     return {
         "seconds": {
-            task: {name: [round(run.seconds, 5) for run in runs] for name, runs in each.items()}
-            for task, each in found.runs.items()
+            task: {
+                name: [round(run.seconds, 5) for run in runs] for name, runs in by_backend.items()
+            }
+            for task, by_backend in results.runs.items()
         },
-        "tokens": {task: plan.tokens(task) for task in found.runs},
-        "loading": found.loading,
-        "peak_bytes": found.peaks,
-        "read_bytes_per_second": round(found.bandwidth),
-        "disturbance": footnote(found),
+        "tokens": {task: plan.tokens_per_run(task) for task in results.runs},
+        "loading": results.loading,
+        "peak_bytes": results.peaks,
+        "read_bytes_per_second": round(results.bandwidth),
+        "disturbance": footnote(results),
     }
 
 
-def footnote(found: Measured) -> str:
-    """How fair it was."""
-    every = {f"{task} {name}": r for task, each in found.runs.items() for name, r in each.items()}
-    return disturbance(every)
+def footnote(results: Measurements) -> str:
+    """Describe the disturbances over all tasks and backends."""
+    all_runs = {
+        f"{task} {name}": runs
+        for task, by_backend in results.runs.items()
+        for name, runs in by_backend.items()
+    }
+    return disturbance(all_runs)

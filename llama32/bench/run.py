@@ -1,4 +1,4 @@
-"""All contenders in turns, each in a process of its own, on the same weights."""
+"""Benchmark runner: every backend in a separate process, all in turns, on the same weights."""
 
 import json
 import statistics
@@ -15,97 +15,100 @@ from typing import Any
 
 import torch
 
+from llama32.bench.interleave import Run, interleave, median_seconds, run_once
 from llama32.bench.plan import Plan
-from llama32.bench.turns import Run, interleave, median, run_once
 
 READ_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Measured:
-    """By contender, and of `runs` first by task."""
+class Measurements:
+    """Results by backend; `runs` by task, then by backend."""
 
     runs: Mapping[str, Mapping[str, Sequence[Run]]]
-    loading: Mapping[str, Mapping[str, float]]  # seconds to load, to the first token; weight bytes
-    peaks: Mapping[str, int]  # bytes
-    bandwidth: float  # bytes per second that a sum over memory reads
+    loading: Mapping[str, Mapping[str, float]]  # "load", "first" (token): seconds; "nbytes"
+    peaks: Mapping[str, int]  # bytes of memory
+    bandwidth: float  # bytes per second read by a sum over memory
 
 
 class Worker:
-    """A contender's process. It is loaded when this is made."""
+    """The process of a backend; the constructor waits until the weights are loaded."""
 
-    def __init__(self, name: str, form: str, folder: Path) -> None:
-        command = [sys.executable, "-m", "llama32.bench.worker", name, form, str(folder)]
-        self.title = f"{name}, {form}"
+    def __init__(self, name: str, weight_format: str, folder: Path) -> None:
+        command = [sys.executable, "-m", "llama32.bench.worker", name, weight_format, str(folder)]
+        self.title = f"{name}, {weight_format}"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.loading = self._answer()
+        self.loading = self._reply()
 
-    def ask(self, what: str, **of: Any) -> dict[str, Any]:
-        """What the worker answers."""
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Call a method in the worker and return the reply."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"what": what, **of}) + "\n")
+        self.process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self._reply()
 
-    def turn(self, what: str, **of: Any) -> Run:
-        """A run there."""
-        answer = self.ask(what, **of)
-        return Run(answer["seconds"], None, answer["others"], 0)
+    def run_task(self, method: str, **arguments: Any) -> Run:
+        """Run a backend method in the worker, timed there."""
+        reply = self.call(method, **arguments)
+        return Run(reply["seconds"], None, reply["others_share"], 0)
 
     def close(self) -> None:
-        """End it."""
-        with self.process:  # closes what leads there, and waits
+        """End the process and wait."""
+        with self.process:  # closes stdin, which ends the worker, and waits
             pass
 
-    def _answer(self) -> dict[str, Any]:
+    def _reply(self) -> dict[str, Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            raise ValueError(f"the process of {self.title} ended with {self.process.returncode}")
+            raise ValueError(
+                f"the process of {self.title} ended with exit code {self.process.returncode}"
+            )
         return json.loads(line)
 
 
 @contextmanager
 def workers(plan: Plan) -> Iterator[dict[str, Worker]]:
-    """All contenders, loaded one after the other; ended afterwards, come what may."""
+    """Load all backends one after the other; on exit, end all processes, also after errors."""
     with ExitStack() as stack:
         gguf = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llama32-bench-")))
         started: dict[str, Worker] = {}
-        for name, form in plan.contenders:
+        for name, weight_format in plan.backends:
             folder = plan.folder
             if name == "llama.cpp":
-                from llama32.bench.gguf import write_gguf
+                from llama32.bench.gguf_writer import write_gguf
 
-                plan.tell(f"writing {form}.gguf")
-                write_gguf(folder, gguf / f"{form}.gguf", form)
+                plan.on_progress(f"writing {weight_format}.gguf")
+                write_gguf(folder, gguf / f"{weight_format}.gguf", weight_format)
                 folder = gguf
-            plan.tell(f"loading {name}, {form}")
-            started[f"{name}, {form}"] = Worker(name, form, folder)
-            stack.callback(started[f"{name}, {form}"].close)
+            title = f"{name}, {weight_format}"
+            plan.on_progress(f"loading {title}")
+            started[title] = Worker(name, weight_format, folder)
+            stack.callback(started[title].close)
         yield started
 
 
-def measure(plan: Plan) -> Measured:
-    """Everything, each task in turns with reading memory."""
+def measure(plan: Plan) -> Measurements:
+    """Run a plan: interleave the backends of each task with a read of memory."""
     runs: dict[str, dict[str, list[Run]]] = {}
     memory = torch.ones(READ_BYTES // 4)
     with workers(plan) as started:
-        for task, asked in plan.tasks.items():
-            plan.tell(task)
-            turns = {name: partial(one.turn, **asked) for name, one in started.items()}
-            turns["memory"] = partial(run_once, partial(read, memory))
-            runs[task] = interleave(turns, plan.runs)
-        loading = {name: one.loading for name, one in started.items()}
-        peaks = {name: int(one.ask("memory")["peak"]) for name, one in started.items()}
-    reads = [median(found.pop("memory")) for found in runs.values()]
-    return Measured(runs, loading, peaks, READ_BYTES / statistics.median(reads))
+        for task, call in plan.tasks.items():
+            plan.on_progress(task)
+            calls = {name: partial(worker.run_task, **call) for name, worker in started.items()}
+            calls["memory"] = partial(run_once, partial(read_memory, memory))
+            runs[task] = interleave(calls, plan.runs)
+        loading = {name: worker.loading for name, worker in started.items()}
+        peaks = {name: int(worker.call("memory")["peak"]) for name, worker in started.items()}
+    reads = [median_seconds(by_backend.pop("memory")) for by_backend in runs.values()]
+    return Measurements(runs, loading, peaks, READ_BYTES / statistics.median(reads))
 
 
-def read(memory: torch.Tensor) -> tuple[float, None]:
-    """All of it."""
+def read_memory(memory: torch.Tensor) -> tuple[float, None]:
+    """Time a sum over a tensor."""
     start = time.perf_counter()
     memory.sum()
     return time.perf_counter() - start, None

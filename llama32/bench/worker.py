@@ -1,9 +1,9 @@
-"""One contender in a process of its own: nobody shares its threads, and its memory is its own.
+"""Benchmark worker: a backend in a separate process, with threads and memory of its own.
 
-python -m llama32.bench.worker NAME FORM FOLDER      then a JSON request on each line
+python -m llama32.bench.worker NAME WEIGHT_FORMAT FOLDER, then a JSON request on each line:
 
-    {"what": "decode", "prompts": [[...]], "steps": 32}    ->  {"seconds": ..., "others": ...}
-    {"what": "memory"}                                      ->  {"peak": bytes}
+    {"method": "decode", "prompts": [[...]], "steps": 32}  ->  {"seconds": s, "others_share": x}
+    {"method": "memory"}                                   ->  {"peak": bytes}
 """
 
 import json
@@ -17,45 +17,47 @@ from typing import Any
 
 import torch
 
-from llama32.bench.contenders import KINDS
-from llama32.bench.turns import run_once
+from llama32.bench.backends import BACKENDS
+from llama32.bench.interleave import run_once
 
 
-def resident(key: str) -> int:
-    """Bytes that this process holds (VmRSS), or held at most (VmHWM), files that it maps included;
-    0 where no kernel tells."""
+def resident_bytes(key: str) -> int:
+    """Return this process's memory now (VmRSS) or at the peak (VmHWM), mapped files included.
+
+    Returns 0 without /proc/self/status.
+    """
     status = Path("/proc/self/status")
-    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) * 1024 if match else 0
 
 
-def serve(name: str, form: str, folder: Path) -> None:
-    """Load, and do what is asked until there are no more lines."""
-    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # wakes the threads
+def serve(name: str, weight_format: str, folder: Path) -> None:
+    """Load a backend and answer requests until stdin ends."""
+    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # starts the threads
     start = time.perf_counter()
-    contender = KINDS[name](folder, form)
+    backend = BACKENDS[name](folder, weight_format)
     loaded = time.perf_counter() - start
-    contender.first_token()
+    backend.first_token()
     first = time.perf_counter() - start
-    reply({"load": loaded, "first": first, "nbytes": contender.nbytes})
+    reply({"load": loaded, "first": first, "nbytes": backend.nbytes})
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        what = request.pop("what")
-        if what == "memory":
-            reply({"peak": resident("VmHWM")})
+        method = request.pop("method")
+        if method == "memory":
+            reply({"peak": resident_bytes("VmHWM")})
         else:
-            run = run_once(partial(timed, getattr(contender, what), request))
-            reply({"seconds": run.seconds, "others": run.others})
+            run = run_once(partial(timed_call, getattr(backend, method), request))
+            reply({"seconds": run.seconds, "others_share": run.others_share})
 
 
-def timed(task: Callable[..., float], of: dict[str, Any]) -> tuple[float, None]:
-    """As `run_once` wants it."""
-    return task(**of), None
+def timed_call(method: Callable[..., float], arguments: dict[str, Any]) -> tuple[float, None]:
+    """Call a backend method in the form that `run_once` expects."""
+    return method(**arguments), None
 
 
-def reply(answer: dict[str, Any]) -> None:
-    """One line."""
-    sys.stdout.write(json.dumps(answer) + "\n")
+def reply(message: dict[str, Any]) -> None:
+    """Write a JSON line to stdout."""
+    sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 

@@ -1,6 +1,7 @@
 """Many requests at once: continuous batching over the paged cache.
 
-`request`, `pages`, `prefix` and `scheduler` decide and know no tensor; `rows` and `runner` compute
-and know no queue; `engine` brings them together, and `asynchronous` puts it into a thread.
-`speculation` lengthens steps by drafts, which come from `lookup` or a `draft` model.
+`request`, `page_allocator`, `prefix_cache` and `scheduler` decide, without torch.
+`batch_invariance` and `runner` compute. `engine` joins both sides, `delivery` hands out the tokens,
+and `async_engine` runs an engine in a thread. `speculation` adds drafts to steps; `prompt_lookup`
+and `draft_model` propose drafts.
 """

@@ -1,54 +1,57 @@
-"""What the next step computes: plain decisions over lists, without a tensor.
+"""The scheduler: what the next step computes. Plain decisions over lists, without tensors.
 
-Every running request gets its next token in every step, whatever else there is to do. Besides, a
-step computes up to a budget of prompt tokens, the oldest request's first, so that long prompts
-neither wait for long answers nor hold them up.
+Every running request whose prompt is computed gets its next token in every step. In addition, a
+step computes up to `prefill_tokens` prompt tokens, oldest request first. Long prompts therefore
+neither wait for long answers nor delay them.
 
-Requests start in the order they came in. One that finds no page for its next token sends the
-youngest back to wait at the head of the queue, where its pages are taken and, once there is room,
-computed again. The oldest is never sent back, so it ends; then the next one is the oldest. Hence
-all end.
+Requests start in order of arrival. If a running request needs a page and no page is available, the
+youngest running request is preempted: its pages are released (cached pages become evictable), the
+request returns to the head of the queue, and its tokens are computed again once pages are
+available. The oldest request is never preempted and therefore ends; then the next request is the
+oldest. Hence all requests end.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from llama32.engine.pages import Pages
-from llama32.engine.prefix import Prefixes, page_keys
+from llama32.engine.page_allocator import PageAllocator
+from llama32.engine.prefix_cache import PrefixCache, page_keys
 from llama32.engine.request import Request
-from llama32.engine.stats import View
+from llama32.engine.stats import CacheSnapshot
 
-BLOCK = 64  # prompts are cut at multiples of this, as their attention is (`paged.QUERY_BLOCK`)
+# Prompt chunks end at multiples of the tile size of attention (`paged_attention.QUERY_TILE`).
+PREFILL_ALIGNMENT = 64
 
 
-class Work(NamedTuple):
-    """Tokens of one request to compute, from `start` up to `stop`."""
+class Chunk(NamedTuple):
+    """Tokens of a request to compute, from `start` up to `stop`."""
 
     request: Request
     start: int
     stop: int
 
 
-class Step(NamedTuple):
-    """One step: first the prompts, then the rows whose last gives each request its next token.
+class ScheduledStep(NamedTuple):
+    """The work of a step: prefill chunks without logits, then decode rows.
 
-    A request can be in both, when its prompt is read to the end. More than one row of a request
-    is in `decode` where it was sent back: its generated tokens are computed again, as before. Or
-    where there are drafts, which come behind its last known token: each row gives a token then.
+    A decode chunk has a row per token. The row of the last known token gives the next token.
+    Chunks of several rows replay the generated tokens of a preempted request, or have drafts behind
+    the last known token, each of which may give a token. A request is in both lists in the step
+    that completes its prompt.
     """
 
-    prefill: Sequence[Work]
-    decode: Sequence[Work]
+    prefill: Sequence[Chunk]
+    decode: Sequence[Chunk]
 
 
 class Scheduler:
-    """Queues requests, hands out pages, and plans step after step.
+    """Queues requests, allocates pages and schedules steps.
 
-    plan() -> Step, run it, then advance(step), append() tokens to the requests, finish() what
-    ended. A step that was planned and failed can be planned again: only `advance` moves a request
-    on. Between plan and run, reserve() makes room for drafts. `on_release` is told of every
-    request that gives back its pages, because it has ended or is sent back to wait.
+    For each step: schedule(), run the step, advance(step), append() tokens to requests, finish()
+    the requests that end. Only `advance` changes the progress of a request, so a step that failed
+    can be scheduled again. Between schedule and run, reserve_drafts() allocates slots for drafts.
+    `on_release(request)` is called when a running request ends or is preempted.
     """
 
     def __init__(
@@ -58,156 +61,160 @@ class Scheduler:
         *,
         max_running: int = 64,
         prefill_tokens: int = 512,
-        block: int = BLOCK,
+        alignment: int = PREFILL_ALIGNMENT,
         on_release: Callable[[Request], object] = lambda request: None,
     ) -> None:
-        if prefill_tokens < block or page_size % block:
+        if prefill_tokens < alignment or page_size % alignment:
             raise ValueError(
-                f"prefill_tokens ({prefill_tokens}) must be at least {block}, and the page size "
-                f"({page_size}) a multiple of it: prompts are computed in blocks of that size"
+                f"prefill_tokens ({prefill_tokens}) must be at least {alignment}, and page_size "
+                f"({page_size}) a multiple of {alignment}: prompts are computed in tiles of "
+                f"{alignment} tokens"
             )
-        self.prefixes = Prefixes()
-        self.pages = Pages(num_pages, on_evict=self.prefixes.forget)
+        self.prefix_cache = PrefixCache()
+        self.pages = PageAllocator(num_pages, on_evict=self.prefix_cache.evict)
         self.page_size = page_size
         self.max_running = max_running
         self.prefill_tokens = prefill_tokens
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
-        self._drafted: list[Request] = []  # since the last plan
-        self._block = block
+        self._requests_with_drafts: list[Request] = []  # since the last schedule()
+        self._alignment = alignment
         self._on_release = on_release
-        self._pending: dict[int, Request] = {}  # digests of pages that a running prompt will fill
+        self._pending: dict[int, Request] = {}  # page digest to the running request that fills it
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError if the whole cache could not hold it."""
-        needed, there = self._pages_for(request.longest), len(self.pages.references)
-        if needed > there:
+        """Queue a request. Raises ValueError if the whole cache is too small for the request."""
+        needed, num_pages = self._pages_for(request.max_length), len(self.pages.ref_counts)
+        if needed > num_pages:
             raise ValueError(
-                f"the request may come to {request.longest} tokens ({len(request.prompt)} of "
-                f"prompt), {needed} pages of {self.page_size}, and the KV cache has {there} in "
-                f"all: ask for fewer tokens, or make it larger (cache_tokens)"
+                f"the request may need {request.max_length} tokens ({len(request.prompt)} of "
+                f"prompt), {needed} pages of {self.page_size}, and the KV cache has {num_pages} in "
+                f"all: ask for fewer tokens, or enlarge the cache (cache_tokens)"
             )
-        request.keys = page_keys(request.prompt[: request.num_prefill], self.page_size)
+        request.keys = page_keys(request.prompt[: request.num_prefill_tokens], self.page_size)
         self.waiting[request] = None
 
-    def finish(self, request: Request, *, distrust: bool = False) -> None:
-        """The request is over, whatever it was doing; its pages are free at once. `distrust` what
-        is in them: nobody else shall begin with it."""
+    def finish(self, request: Request, *, invalidate: bool = False) -> None:
+        """Remove a waiting or running request and release its pages.
+
+        `invalidate` also removes the pages from the prefix cache, because of invalid content.
+        """
         if request in self.waiting:
             del self.waiting[request]
         elif request in self.running:
             self.running.remove(request)
-            for page in request.pages if distrust else ():
-                if page in self.prefixes:
-                    self.prefixes.forget(page)
-            self._give_back(request)
+            for page in request.pages if invalidate else ():
+                if page in self.prefix_cache:
+                    self.prefix_cache.evict(page)
+            self._release(request)
 
-    def plan(self) -> Step:
-        """The next step; empty when there is nothing to do."""
-        self._drop_drafts()
-        if self._make_room():
+    def schedule(self) -> ScheduledStep:
+        """Return the next step; empty if there is nothing to compute."""
+        self._release_drafts()
+        if self._ensure_decode_pages():
             self._admit()
-        prefill: list[Work] = []
-        decode: list[Work] = []
+        prefill: list[Chunk] = []
+        decode: list[Chunk] = []
         budget = self.prefill_tokens
         for request in self.running:
-            start, end = request.num_computed, request.num_prefill
+            start, end = request.num_computed, request.num_prefill_tokens
             if start < end:
-                stop = end if end - start <= budget else self._cut(start + budget)
+                stop = end if end - start <= budget else self._align_down(start + budget)
                 if start < stop:
-                    prefill.append(Work(request, start, stop))
+                    prefill.append(Chunk(request, start, stop))
                     budget -= stop - start
                     start = stop
-            if start >= end:  # from the last prompt token on: one row, and those of a replay
+            if start >= end:  # from the last prompt token on: one row, or several of a replay
                 stop = min(request.length, start + 1 + budget)
-                decode.append(Work(request, start, stop))
+                decode.append(Chunk(request, start, stop))
                 budget -= stop - start - 1
-        return Step(prefill, decode)
+        return ScheduledStep(prefill, decode)
 
-    def reserve(self, request: Request, wanted: int) -> int:
-        """How many tokens may be drafted for a request of the step that was planned last.
+    def reserve_drafts(self, request: Request, count: int) -> int:
+        """Allocate slots for up to `count` drafts of a scheduled request; return the number.
 
-        As many as are wanted and as it may still get besides the next one, and as there are slots
-        for without evicting anything. The next plan() has the pages back before it decides
-        anything, so drafts never make anyone wait or compute again.
+        Further limits are the tokens that the request may still get after the next token, and the
+        slots available without eviction. The next schedule() first releases the pages, so drafts
+        never delay or preempt a request.
         """
-        self._drafted.append(request)
-        most = min(wanted, request.longest - request.length - 1)
-        missing = self._pages_for(request.length + most) - len(request.pages)
-        if (taken := min(missing, self.pages.num_free)) > 0:
-            request.pages += self.pages.take(taken, request.pages[-1])
-        return max(0, min(most, len(request.pages) * self.page_size - request.length))
+        self._requests_with_drafts.append(request)
+        count = min(count, request.max_length - request.length - 1)
+        missing = self._pages_for(request.length + count) - len(request.pages)
+        if (num_pages := min(missing, self.pages.num_free)) > 0:
+            request.pages += self.pages.allocate(num_pages, request.pages[-1])
+        return max(0, min(count, len(request.pages) * self.page_size - request.length))
 
-    def advance(self, step: Step) -> None:
-        """The step was run: its tokens are in the cache, and pages that filled up can be shared."""
+    def advance(self, step: ScheduledStep) -> None:
+        """Record that the step has run: count computed tokens, and share full prompt pages."""
         for request, start, stop in (*step.prefill, *step.decode):
-            request.num_computed = min(stop, request.length)  # drafts may be wrong
+            request.num_computed = min(stop, request.length)  # drafts are not verified yet
             for i in range(start // self.page_size, min(stop // self.page_size, len(request.keys))):
-                before = request.pages[i - 1] if i else None
-                self.prefixes.remember(request.keys[i], request.pages[i], before)
+                previous = request.pages[i - 1] if i else None
+                self.prefix_cache.insert(request.keys[i], request.pages[i], previous)
                 self._pending.pop(request.keys[i].digest, None)
 
-    def forget_prefixes(self) -> None:
-        """What is in the pages is worth nothing any more: the model has changed."""
-        for page in self.prefixes.clear():
-            if self.pages.is_idle(page):
-                self.pages.free(page)
+    def clear_prefix_cache(self) -> None:
+        """Remove all cached prefixes, because the model has changed."""
+        for page in self.prefix_cache.clear():
+            if self.pages.is_evictable(page):
+                self.pages.discard(page)
         self._pending.clear()
         for request in self.running:
-            request.keys = ()  # a page it has begun would be of both models
+            request.keys = ()  # its next full page may mix both models
 
-    def view(self) -> View:
-        """Who holds which pages."""
-        return View(
-            num_pages=len(self.pages.references),
+    def snapshot(self) -> CacheSnapshot:
+        """Return the pages of each running request, and the evictable pages."""
+        return CacheSnapshot(
+            num_pages=len(self.pages.ref_counts),
             page_size=self.page_size,
-            idle=self.pages.idle,
-            held=[(request, [*request.pages]) for request in self.running],
+            evictable=self.pages.evictable_pages,
+            running=[(request, [*request.pages]) for request in self.running],
             num_waiting=len(self.waiting),
         )
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def _cut(self, stop: int) -> int:
-        return stop // self._block * self._block
+    def _align_down(self, stop: int) -> int:
+        return stop // self._alignment * self._alignment
 
-    def _drop_drafts(self) -> None:
-        """Those of the last step, and the pages that were only for them."""
-        for request in self._drafted:
+    def _release_drafts(self) -> None:
+        """Remove the drafts of the last step, and release pages that only drafts used."""
+        for request in self._requests_with_drafts:
             request.drafts = ()
             needed = self._pages_for(request.length)
             for page in reversed(request.pages[needed:]):
-                self.pages.drop(page, remember=False)
+                self.pages.decref(page, keep_cached=False)
             del request.pages[needed:]
-        self._drafted.clear()
+        self._requests_with_drafts.clear()
 
-    def _make_room(self) -> bool:
-        """A place for every running request's next token; False if some had to go for it."""
-        before = len(self.running)
+    def _ensure_decode_pages(self) -> bool:
+        """Allocate pages for the next token of all running requests; False after a preemption."""
+        num_running = len(self.running)
         for request in tuple(self.running):
             missing = self._pages_for(request.length) - len(request.pages)
             while missing > self.pages.num_available and request in self.running:
                 self._preempt(self.running[-1])
             if missing > 0 and request in self.running:
-                request.pages += self.pages.take(missing, request.pages[-1])
-        return len(self.running) == before
+                request.pages += self.pages.allocate(missing, request.pages[-1])
+        return len(self.running) == num_running
 
     def _preempt(self, request: Request) -> None:
+        """Release the pages of a request and return the request to the head of the queue."""
         self.running.remove(request)
-        self._give_back(request)
+        self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting[request] = None
         self.waiting.move_to_end(request, last=False)
 
-    def _give_back(self, request: Request) -> None:
-        # The last page first: of idle pages it is then the first to go, and no page is left
-        # remembered whose predecessor is not.
+    def _release(self, request: Request) -> None:
+        # Last page first: pages are evicted in the order of release, and a cached page without its
+        # predecessor could not be found.
         for page in reversed(request.pages):
-            self.pages.drop(page, remember=page in self.prefixes)
+            self.pages.decref(page, keep_cached=page in self.prefix_cache)
         request.pages.clear()
         request.drafts = ()
         self._on_release(request)
@@ -216,30 +223,30 @@ class Scheduler:
                 del self._pending[key.digest]
 
     def _admit(self) -> None:
-        """Start those at the head of the queue, as long as there is room."""
+        """Start requests from the head of the queue while there is room."""
         while self.waiting and len(self.running) < self.max_running:
             request = next(iter(self.waiting))
-            if not self._seat(request):
+            if not self._try_allocate(request):
                 return
             del self.waiting[request]
             self.running.append(request)
 
-    def _seat(self, request: Request) -> bool:
-        """Give it pages for all its known tokens; False if it had better wait."""
-        known = self.prefixes.find(request.keys)
-        unknown = request.keys[len(known) :]
-        if unknown and unknown[0].digest in self._pending:
-            return False  # another is about to compute what this one can share
-        needed = self._pages_for(request.length) - len(known)
-        revived = sum(map(self.pages.is_idle, known))
-        in_hand = len(self.running)  # a page to grow for each that runs, or it would soon be back
-        if needed + revived + in_hand > self.pages.num_available:
+    def _try_allocate(self, request: Request) -> bool:
+        """Allocate pages for all known tokens of a request; False if the request must wait."""
+        cached = self.prefix_cache.match(request.keys)
+        missing = request.keys[len(cached) :]
+        if missing and missing[0].digest in self._pending:
+            return False  # a running request is about to compute the page, for both
+        needed = self._pages_for(request.length) - len(cached)
+        reused = sum(map(self.pages.is_evictable, cached))
+        reserve = len(self.running)  # a page of growth for each, or a preemption would soon follow
+        if needed + reused + reserve > self.pages.num_available:
             return False
-        self.pages.hold(known)
-        room = self._pages_for(request.longest)
-        request.pages = known + self.pages.take(needed, known[-1] if known else None, room)
-        request.num_computed = len(known) * self.page_size
+        self.pages.incref(cached)
+        room = self._pages_for(request.max_length)
+        request.pages = cached + self.pages.allocate(needed, cached[-1] if cached else None, room)
+        request.num_computed = len(cached) * self.page_size
         if not request.num_preemptions:
             request.num_cached = request.num_computed
-        self._pending.update((key.digest, request) for key in unknown)
+        self._pending.update((key.digest, request) for key in missing)
         return True

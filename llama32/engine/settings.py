@@ -1,4 +1,4 @@
-"""What one may say of an engine. Plain Python, checked where it is said."""
+"""Settings of an engine. Plain Python, checked on construction."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,67 +10,71 @@ from llama32.engine.request import Request
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Guesses how the requests of one engine go on."""
+    """Proposes draft tokens for the requests of one engine."""
 
-    def propose(self, asked: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
-        """The next tokens, at most as many as asked for, of those it has an idea of."""
+    def propose(self, limits: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
+        """Return drafts for each request, at most `limits[request]`; requests may be missing."""
         ...
 
     def release(self, request: Request) -> None:
-        """A request has ended, or has lost its pages and waits to begin again."""
+        """Discard the state of a request that ended or was preempted."""
         ...
 
 
 @runtime_checkable
 class Speculation(Protocol):
-    """Where drafts come from: `PromptLookup`, `DraftModel`, or something of your own."""
+    """A source of drafts: `PromptLookup`, `DraftModel` or a class of your own."""
 
     @property
     def num_tokens(self) -> int:
-        """Drafts of a request in a step, at most."""
+        """Drafts per request and step, at most."""
         ...
 
     @property
     def bytes_per_token(self) -> int:
-        """What a drafter takes of the KV cache's memory for each token in it."""
+        """KV cache memory of the drafter, for each token of the engine's cache."""
         ...
 
     def drafter(self, config: LlamaConfig, settings: "EngineSettings") -> Drafter:
-        """One for an engine whose model is of this config; `settings` say `page_size` and
-        `cache_tokens` as they have turned out. ValueError if it does not fit the model."""
+        """Return a drafter for an engine whose model has this config.
+
+        `settings` contain the engine's actual `page_size` and `cache_tokens`. Raises ValueError if
+        the drafter does not fit the model.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How many requests at once, in how much memory, and how they are run.
+    """Concurrency, memory and execution of an engine.
 
-    The size of the KV cache is given in tokens or in bytes. If neither is: on a GPU it takes
-    `memory_fraction` of what is free when the engine is made, elsewhere up to 4 GiB, which are
-    only used as they fill.
+    The size of the KV cache is given in tokens or in bytes. By default the cache takes
+    `memory_fraction` of the memory that is free on a GPU when the engine is created. On other
+    devices the default is up to 4 GiB, which are only used as the cache fills.
 
-    `deterministic` asks for the same bits in any company (see `rows.py`); None takes it where it
-    is free, which is tried out on the model at hand: `Engine.deterministic` tells.
+    `deterministic=True` makes the engine batch-invariant (see `batch_invariance.py`). By default a
+    test of the model decides: only if free. `Engine.deterministic` has the result.
 
-    `cache_dtype` "int8" halves the memory of bf16 keys and values, and rounds them; see
-    `int8_cache.py`. It is not for CUDA graphs.
+    `cache_dtype="int8"` halves the memory of bf16 keys and values by rounding (see
+    `int8_kv_cache.py`), and excludes CUDA graphs.
 
-    `seed` makes what is drawn for requests without a seed of their own the same in every run: the
-    first such request gets the first number drawn from it, and so on. None leaves it to chance.
+    `seed` makes runs repeatable: requests without a seed get random numbers from this seed, in
+    order of arrival. With None, these numbers differ in every run.
 
-    `speculation` may give a request several tokens in a step, and changes none (`speculation.py`).
+    `speculation` may give a request several tokens in a step. The tokens are the same as without
+    (see `speculation.py`).
     """
 
-    max_running: int = 64  # more wait
-    prefill_tokens: int = 512  # prompt tokens in a step, at most: the longest others are held up
+    max_running: int = 64  # further requests wait
+    prefill_tokens: int = 512  # prompt tokens per step, at most: limits the delay of decoding
     cache_tokens: int | None = None
     cache_bytes: int | None = None
-    cache_dtype: str | None = None  # "int8", or that of the model
+    cache_dtype: str | None = None  # "int8"; None: the dtype of the model
     memory_fraction: float = 0.9
-    page_size: int | None = None  # slots; None: 64, and 128 on a GPU
+    page_size: int | None = None  # slots per page; None: 128 on a GPU, else 64
     deterministic: bool | None = None
-    compiled: bool = False  # through torch.compile (`Engine.warm_up`); not deterministic
-    cuda_graphs: bool | None = None  # decoding as CUDA graphs; None: on a GPU
+    compiled: bool = False  # with torch.compile (see `Engine.warm_up`); not deterministic
+    cuda_graphs: bool | None = None  # for decoding; None: on a GPU
     speculation: Speculation | None = None
     seed: int | None = None
 
@@ -93,6 +97,6 @@ class EngineSettings:
 
     @property
     def max_rows(self) -> int:
-        """Rows that decoding takes in a step, unless answers are replayed."""
+        """Decode rows per step, at most, apart from replays of preempted requests."""
         drafts = self.speculation.num_tokens if self.speculation else 0
         return self.max_running * (1 + drafts)

@@ -1,32 +1,36 @@
-"""Speculative decoding: several tokens of a request in one step, and the same ones.
+"""Speculative decoding: several tokens of a request in one step, with unchanged output.
 
-A drafter guesses the next tokens; the model runs over all of them in one step, one row each, and
-what it says after each row tells how many were right. (Leviathan et al. 2023)
+A drafter guesses the next tokens. The model runs over all guesses in one step, a row for each, and
+its logits verify the guesses. (Leviathan et al. 2023)
 
-A row is a row, whether its token was drafted or known. And the token drawn from it is a function
-of its logits, the seed and its place (`sampling.py`). So what the request says next is known after
-every row that has the right tokens before it, and a draft is right if it is just that. The output
-is that without drafts: to the bit where the engine is deterministic, elsewhere up to rounding. The
-rejection sampling of the paper keeps its distribution, and accepts a token drawn from q with
-probability min(1, p / q). With drafts that are certain, as those of an n-gram, both come to p. A
-draft model draws with the very number that the model is going to draw with, and agrees as often as
-one number leads both to the same token: less often than the paper's 1 - TV(p, q), and always where
-both are greedy and rank the same token first.
+The model computes a row in the same way for a draft and for a known token, and the token sampled
+from a row is a function of the logits, the seed and the position (`sampling.py`). Every row behind
+correct tokens therefore gives the request's true next token, and a draft is accepted if equal to
+the true token. The output is the output without drafts: to the bit if the engine is deterministic,
+otherwise up to rounding.
+
+The rejection sampling of the paper only preserves the distribution. A token drawn from q is
+accepted with probability min(1, p / q). For deterministic drafts, such as n-gram matches, both
+methods accept with probability p. A draft model samples with the same random number as the model,
+and a draft is accepted if the number leads both models to the same token: less often than the
+paper's 1 - TV(p, q), and always if both are greedy and rank the same token first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 from llama32.engine.request import Request
-from llama32.engine.scheduler import Scheduler, Step
+from llama32.engine.scheduler import ScheduledStep, Scheduler
 from llama32.engine.settings import Drafter
 
-RETRY = 1 / 16  # drafts for each token without: who got none right is tried again after 8 to 16
+# Growth of a draft length below one, per step without drafts: a request whose only draft was wrong
+# gets the next draft after 8 steps.
+RETRY_RATE = 1 / 16
 
 
 @runtime_checkable
-class Draw(Protocol):
-    """A token that was drawn for a request."""
+class HasToken(Protocol):
+    """A token sampled for a request."""
 
     @property
     def request(self) -> Request: ...
@@ -34,69 +38,77 @@ class Draw(Protocol):
     def id(self) -> int: ...
 
 
-Drawn = TypeVar("Drawn", bound=Draw)
+Token = TypeVar("Token", bound=HasToken)
 
 
-def verified(drafts: Sequence[int], drawn: Sequence[Drawn]) -> Sequence[Drawn]:
-    """Of what was drawn before the first draft and after each: up to the first that is not what
-    had been drafted. It is valid itself; those behind it followed another token."""
-    right = 0
-    while right < len(drafts) and drawn[right].id == drafts[right]:
-        right += 1
-    return drawn[: right + 1]
+def accept(drafts: Sequence[int], sampled: Sequence[Token]) -> Sequence[Token]:
+    """Return the sampled tokens up to the first that differs from its draft.
+
+    `sampled[i]` is the model's token in place of `drafts[i]`; the last follows all drafts. The
+    first token that differs is valid, the tokens behind follow a wrong draft.
+    """
+    num_accepted = 0
+    while num_accepted < len(drafts) and sampled[num_accepted].id == drafts[num_accepted]:
+        num_accepted += 1
+    return sampled[: num_accepted + 1]
 
 
-def in_turns(drawn: Iterable[Drawn]) -> list[list[Drawn]]:
-    """All first tokens, then all second ones, and so on; without any, one turn of none."""
-    turns: list[list[Drawn]] = [[]]
-    seen: dict[Request, int] = {}
-    for one in drawn:
-        n = seen[one.request] = seen.get(one.request, -1) + 1
-        if n == len(turns):
-            turns.append([])
-        turns[n].append(one)
-    return turns
+def group_by_position(tokens: Iterable[Token]) -> list[list[Token]]:
+    """Group by position in the step: the first token of every request, the second, and so on.
+
+    Without tokens, returns a single empty group.
+    """
+    groups: list[list[Token]] = [[]]
+    positions: dict[Request, int] = {}
+    for token in tokens:
+        position = positions[token.request] = positions.get(token.request, -1) + 1
+        if position == len(groups):
+            groups.append([])
+        groups[position].append(token)
+    return groups
 
 
 class Speculator:
-    """Lengthens steps by drafts: of each request as many as have been worth it.
+    """Adds drafts to steps, as many per request as acceptance so far suggests.
 
-    One more when all were right, half as many when fewer than half were; then, below one, none for
-    a while.
+    The draft length of a request grows by one if all drafts were accepted, and is halved if fewer
+    than half were. Below one, the request gets no drafts for a while.
     """
 
     def __init__(self, drafter: Drafter, num_tokens: int) -> None:
         self._drafter = drafter
         self._num_tokens = num_tokens
-        self._wanted: dict[Request, float] = {}
+        self._draft_lengths: dict[Request, float] = {}
 
-    def lengthen(self, step: Step, scheduler: Scheduler) -> Step:
-        """The step that was just planned, with rows for drafts."""
-        asked: dict[Request, int] = {}
+    def add_drafts(self, step: ScheduledStep, scheduler: Scheduler) -> ScheduledStep:
+        """Return the step just scheduled, with rows for drafts."""
+        limits: dict[Request, int] = {}
         for request, _, stop in step.decode:
-            if request.guide is not None:  # it has not been where a draft would take it
+            if request.matcher is not None:  # knows the allowed tokens of the next position only
                 continue
-            wanted = int(self._wanted.get(request, self._num_tokens))
-            if stop == request.length and (room := scheduler.reserve(request, wanted)):
-                asked[request] = room
-        for request, drafts in self._drafter.propose(asked).items():
-            request.drafts = drafts[: asked[request]]
-        decode = [work._replace(stop=work.stop + len(work.request.drafts)) for work in step.decode]
+            length = int(self._draft_lengths.get(request, self._num_tokens))
+            if stop == request.length and (room := scheduler.reserve_drafts(request, length)):
+                limits[request] = room
+        for request, drafts in self._drafter.propose(limits).items():
+            request.drafts = drafts[: limits[request]]
+        decode = [
+            chunk._replace(stop=chunk.stop + len(chunk.request.drafts)) for chunk in step.decode
+        ]
         return step._replace(decode=decode)
 
-    def learn(self, rights: Mapping[Request, int]) -> None:
-        """Of each request's drafts in the step so many were right."""
-        for request, right in rights.items():
-            wanted = self._wanted.get(request, float(self._num_tokens))
+    def update(self, num_accepted: Mapping[Request, int]) -> None:
+        """Adapt the draft lengths to the number of drafts accepted in the step."""
+        for request, count in num_accepted.items():
+            length = self._draft_lengths.get(request, float(self._num_tokens))
             if not request.drafts:
-                wanted += RETRY if wanted < 1 else 0
-            elif right * 2 < len(request.drafts):
-                wanted /= 2
-            elif right == len(request.drafts):
-                wanted = min(wanted + 1, self._num_tokens)
-            self._wanted[request] = wanted
+                length += RETRY_RATE if length < 1 else 0
+            elif count * 2 < len(request.drafts):
+                length /= 2
+            elif count == len(request.drafts):
+                length = min(length + 1, self._num_tokens)
+            self._draft_lengths[request] = length
 
     def release(self, request: Request) -> None:
-        """It has ended, or waits to begin again."""
-        self._wanted.pop(request, None)
+        """Discard the state of a request that ended or was preempted."""
+        self._draft_lengths.pop(request, None)
         self._drafter.release(request)

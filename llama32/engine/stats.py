@@ -1,47 +1,57 @@
-"""What an engine tells of itself."""
+"""Statistics of an engine, and a snapshot of its cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from warnings import warn
 
 from llama32.engine.request import Request
 
-COUNTED = "steps", "prompt_computed", "prompt_cached", "generated", "drafted", "accepted"
+COUNTERS = "steps", "prompt_computed", "prompt_cached", "generated", "drafted", "accepted"
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine has done so far, and what it holds now. Counts are of tokens unless named."""
+    """Totals since the start of an engine, and its present state.
+
+    Counts are in tokens unless named otherwise.
+    """
 
     steps: int
-    prompt_computed: int  # of the prompts that were read, what went through the model
-    prompt_cached: int  # and what was found in the cache
+    prompt_computed: int  # prompt tokens that went through the model
+    prompt_cached: int  # prompt tokens found in the prefix cache
     generated: int
     drafted: int
-    accepted: int  # of those drafted: the model said the same
+    accepted: int  # drafts equal to the model's own tokens
     preemptions: int
     running: int  # requests
     waiting: int  # requests
-    pages_held: int
-    pages_idle: int  # remembered, and free to be taken
-    pages: int
+    pages_held: int  # referenced by running requests
+    pages_evictable: int  # cached, but not referenced
+    pages: int  # in total
+
+    @property
+    def pages_idle(self) -> int:
+        """Deprecated name of `pages_evictable`, for removal in the next release."""
+        warn("Stats.pages_idle: use Stats.pages_evictable", DeprecationWarning, stacklevel=2)
+        return self.pages_evictable
 
     @property
     def hit_rate(self) -> float:
-        """The share of prompt tokens that was found in the cache."""
+        """Fraction of prompt tokens found in the prefix cache."""
         return self.prompt_cached / max(self.prompt_cached + self.prompt_computed, 1)
 
     @property
     def acceptance_rate(self) -> float:
-        """The share of drafts that were right."""
+        """Fraction of drafts accepted."""
         return self.accepted / max(self.drafted, 1)
 
 
 @dataclass(frozen=True)
-class View:
-    """Who holds which pages of the cache, between two steps."""
+class CacheSnapshot:
+    """The pages of the cache between two steps."""
 
     num_pages: int
     page_size: int
-    idle: Sequence[int]  # remembered, and free to be taken
-    held: Sequence[tuple[Request, Sequence[int]]]  # by those that run, oldest first
-    num_waiting: int
+    evictable: Sequence[int]  # pages that are cached, but not referenced
+    running: Sequence[tuple[Request, Sequence[int]]]  # requests with their pages, oldest first
+    num_waiting: int  # requests

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over one model: `llama32 serve`."""
+"""OpenAI-compatible HTTP server for a model: `llama32 serve`."""

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's API has for them, whoever finds them.
+"""Errors in the shape of OpenAI's API, whether llama32, FastAPI or pydantic raised them.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 """
@@ -8,15 +8,15 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response
 
-INVALID = "invalid_request_error"
-LONGEST = 400  # characters of a message: it may quote what was sent
+INVALID_REQUEST = "invalid_request_error"
+MAX_MESSAGE_CHARS = 400  # a message may quote the request
 
 
 class ApiError(HTTPException):
-    """What a client is told. 4xx: it can mend it."""
+    """An error for the client. Status 4xx: the client can correct the request."""
 
     def __init__(
         self,
@@ -28,79 +28,86 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        shown = message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
-        super().__init__(status, shown, headers)
-        self.type = type or (INVALID if status < 500 else "server_error")
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[: MAX_MESSAGE_CHARS - 3]}..."
+        super().__init__(status, message, headers)
+        self.type = type or (INVALID_REQUEST if status < 500 else "server_error")
         self.param = param
         self.code = code
 
     @property
     def body(self) -> dict[str, Any]:
-        """As JSON has it."""
-        said = {"message": self.detail, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": said}
+        """The JSON body of the response."""
+        fields = {"message": self.detail, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": fields}
 
 
-def respond(error: ApiError) -> Response:
-    """As a whole response."""
+def error_response(error: ApiError) -> Response:
+    """Return the HTTP response for an error."""
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Let every error of this app have that shape."""
+    """Install handlers that return every error in OpenAI's shape."""
 
     @app.exception_handler(ApiError)
-    async def told(_: Request, error: ApiError) -> Response:
-        return respond(error)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error_response(error)
 
-    @app.exception_handler(AnyHTTPException)
-    async def told_by_the_framework(_: Request, error: AnyHTTPException) -> Response:
-        return respond(ApiError(error.status_code, str(error.detail), headers=error.headers))
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(_: Request, error: StarletteHTTPException) -> Response:
+        return error_response(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> Response:
-        return respond(mistake(error.errors()))
+    async def invalid_request(_: Request, error: RequestValidationError) -> Response:
+        return error_response(validation_error(error.errors()))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return respond(ApiError(500, "an internal error; the server's log tells more"))
+    async def internal_error(_: Request, error: Exception) -> Response:
+        return error_response(ApiError(500, "internal error; see the server's log"))
 
 
-def mistake(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of what pydantic found, without what was given: that may be anything.
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return an error for the first parameter that pydantic rejected.
 
-    Where a value is of none of several types, that is the type in which most of it was right.
+    The message never quotes the value, which may be huge. If the value matches no type of a union,
+    the message is about the types that matched to the greatest depth.
     """
-    deepest = max(len(one["loc"]) for one in found if same_value(one, found[0]))
-    nearest = [one for one in found if same_value(one, found[0]) and len(one["loc"]) == deepest]
-    first = nearest[0]
-    param = path(first["loc"])
+    candidates = [error for error in errors if in_same_parameter(error, errors[0])]
+    depth = max(len(error["loc"]) for error in candidates)
+    deepest = [error for error in candidates if len(error["loc"]) == depth]
+    first = deepest[0]
+    param = parameter_path(first["loc"])
     if first["type"] == "extra_forbidden":
         param = ascii(first["loc"][-1])[1:-1][:64]
         message = f"Unrecognized request argument supplied: {param}"
-    elif first["type"] == "value_error":  # of our own, which says what it is about
+    elif first["type"] == "value_error":  # raised by a validator of this package
         message = first["msg"].removeprefix("Value error, ")
     elif param is None:
-        message = "send a JSON object, and with it the header Content-Type: application/json"
+        message = "send a JSON object with the header Content-Type: application/json"
     else:
-        message = f"{param}: " + "; or ".join(dict.fromkeys(one["msg"] for one in nearest))
+        messages = dict.fromkeys(error["msg"] for error in deepest)
+        message = f"{param}: " + "; or ".join(messages)
     return ApiError(400, message, param=param)
 
 
-def same_value(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two mistakes are in the same parameter."""
-    return one["loc"][:2] == other["loc"][:2]
+def in_same_parameter(error: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return True if two validation errors are in the same parameter."""
+    return error["loc"][:2] == other["loc"][:2]
 
 
-def path(loc: Sequence[int | str]) -> str | None:
-    """Where in the body, as in "messages[0].content"; without the types that pydantic tried."""
+def parameter_path(loc: Sequence[int | str]) -> str | None:
+    """Return the path of a parameter, like "messages[0].content".
+
+    Leaves out the types of a union that pydantic tried.
+    """
     parts: list[str] = []
-    for part in loc[1:]:  # behind "body"
+    for part in loc[1:]:  # after "body"
         if isinstance(part, int):
             parts.append(f"[{part}]")
-        elif part.isidentifier() and part.islower() and part not in TYPES:
+        elif part.isidentifier() and part.islower() and part not in PYDANTIC_TYPES:
             parts.append(f".{part}")
     return "".join(parts).removeprefix(".") or None
 
 
-TYPES = "str", "int", "bool", "float", "list", "dict"
+PYDANTIC_TYPES = "str", "int", "bool", "float", "list", "dict"

@@ -1,1 +1,1 @@
-"""Training: from examples to microbatches, the loop over them, and fine-tuning as a whole."""
+"""Training: examples, micro-batches, the training loop, fine-tuning."""

@@ -1,7 +1,7 @@
-"""What is trained on: rows of running text, or whole documents packed end to end.
+"""Training batches: rows of running text, or whole documents packed end to end.
 
-Either way a run asks for `data(step)`: the steps from that one on. A step depends on its number and
-the recipe alone, so a run that was resumed goes through the same ones.
+Both are a `BatchSource`: `data(step)` yields the batches from a step on. A batch depends only on
+the step and the settings, so a resumed run sees the same batches.
 """
 
 import random
@@ -13,108 +13,110 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-IGNORED = -100  # a target that nothing is learned from
-# That a document may still go into: 1 to 4% of the room stay empty, as with any larger number; with
-# a single one it would be 11 to 14% (documents of 100 to 300 tokens, and log-normal lengths).
-OPEN_ROWS = 16
+IGNORE_INDEX = -100  # the target of a token without a loss
+# Rows that a document may still be added to: 1 to 4% of the room stay empty, as with any larger
+# number; with a single open row, 11 to 14% (documents of 100 to 300 tokens, log-normal lengths).
+MAX_OPEN_ROWS = 16
 
 
 class Microbatch(NamedTuple):
-    """What goes through the model at once, and what each token's successor should be.
+    """Tokens of one forward pass, with the target of each token.
 
-    Either rows `(B, T)`, or the `(N,)` tokens of whole documents end to end, with their lengths:
-    none of them sees another, and each begins at position 0.
+    Either rows `(B, T)`, or `(N,)` tokens of whole documents end to end, with `lengths`: no
+    document attends to another, and each begins at position 0.
     """
 
     tokens: Int[Tensor, "*B"]
-    targets: Int[Tensor, "*B"]  # IGNORED where nothing is asked
-    lengths: tuple[int, ...] | None = None
+    targets: Int[Tensor, "*B"]  # the next token, or IGNORE_INDEX
+    lengths: tuple[int, ...] | None = None  # of the documents; None for rows
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets != IGNORED).sum())
+        return int((self.targets != IGNORE_INDEX).sum())
 
     @property
     def positions(self) -> Int[Tensor, " N"]:
-        """Of packed documents, each counted from 0."""
+        """Positions of packed documents, from 0 in each document."""
         device = self.tokens.device
         return torch.cat([torch.arange(n, device=device) for n in self.lengths or ()])
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same, there."""
+        """Return a copy on the device."""
         return Microbatch(self.tokens.to(device), self.targets.to(device), self.lengths)
 
 
-Step = list[Microbatch]  # their gradients are added up
-Data = Callable[[int], Iterator[Step]]
+GlobalBatch = list[Microbatch]  # one optimizer step: gradients are added up
+BatchSource = Callable[[int], Iterator[GlobalBatch]]  # the batches from a step on
 
 
 class Example(NamedTuple):
-    """A document, and which of its tokens the model is to learn to say."""
+    """A document, and a mask of the tokens that the model learns to generate."""
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
 
 
-def text_rows(
+def text_batches(
     epochs: Callable[[int], Int[Tensor, " N"]], context: int, batch: int, seed: int = 0
-) -> Data:
-    """Steps of `batch` rows, cut out of one long row of text. `epochs(i)` gives that of epoch i.
+) -> BatchSource:
+    """Return batches of `batch` rows, cut from the running text `epochs(i)` of epoch i.
 
-    Each epoch is cut at another offset and shuffled. What lies side by side in the text sees each
-    other: that is for pretraining.
+    Each epoch is cut at another offset and shuffled. Neighbouring documents in a row attend to each
+    other, as usual in pretraining.
     """
 
-    def steps(first: int) -> Iterator[Step]:
-        passed = 0
+    def steps(first: int) -> Iterator[GlobalBatch]:
+        steps_before = 0  # in earlier epochs
         for epoch in count():
-            draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            offset = int(torch.randint(context, (), generator=draw))
-            rows = cut(epochs(epoch), context, offset)
-            rows = rows[torch.randperm(len(rows), generator=draw)]
-            whole = len(rows) // batch
-            for i in range(max(0, first - passed), whole):
-                yield [predicting(rows[i * batch : (i + 1) * batch])]
-            passed += whole
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            offset = int(torch.randint(context, (), generator=generator))
+            rows = split_rows(epochs(epoch), context, offset)
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            num_batches = len(rows) // batch
+            for i in range(max(0, first - steps_before), num_batches):
+                yield [shift(rows[i * batch : (i + 1) * batch])]
+            steps_before += num_batches
 
     return steps
 
 
-def cut(tokens: Int[Tensor, " N"], context: int, offset: int = 0) -> Int[Tensor, "rows T1"]:
-    """Rows of context + 1 tokens that overlap by one: the last target is the next row's start."""
+def split_rows(tokens: Int[Tensor, " N"], context: int, offset: int = 0) -> Int[Tensor, "rows T1"]:
+    """Return rows of context + 1 tokens. The last target of a row begins the next row."""
     if len(tokens) < offset + context + 1:
         raise ValueError(f"training: {len(tokens)} tokens do not fill a row of {context} + 1")
     return tokens[offset:].unfold(0, context + 1, context)
 
 
-def predicting(rows: Int[Tensor, "*B T1"]) -> Microbatch:
-    """Rows of which each token is to be predicted by those before it."""
+def shift(rows: Int[Tensor, "*B T1"]) -> Microbatch:
+    """Return tokens as inputs and their successors as targets."""
     return Microbatch(rows[..., :-1], rows[..., 1:])
 
 
-def shuffled(documents: Sequence[Sequence[int]], seed: int) -> Int[Tensor, " N"]:
-    """Documents in shuffled order, end to end: no padding, every token is trained on."""
+def shuffle_and_concat(documents: Sequence[Sequence[int]], seed: int) -> Int[Tensor, " N"]:
+    """Return documents end to end in shuffled order, without padding."""
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     return torch.tensor([token for i in order for token in documents[i]])
 
 
-def packed(
-    examples: Sequence[Example], context: int, batch: int, at_once: int = 1, seed: int = 0
-) -> Data:
-    """Steps of `batch` rows of up to `context` tokens, each of whole documents. `at_once` of them
-    go through the model together. Every epoch shuffles and packs anew, and loses nothing: a step
-    may reach from one into the next."""
+def packed_batches(
+    examples: Sequence[Example], context: int, batch: int, micro_batch: int = 1, seed: int = 0
+) -> BatchSource:
+    """Return batches of `batch` rows of up to `context` tokens, each of whole documents.
+
+    `micro_batch` rows pass through the model together. Every epoch shuffles and packs anew. No
+    document is lost: a batch may contain rows of two epochs.
+    """
 
     def rows() -> Iterator[list[Example]]:
-        return chain.from_iterable(fill(examples, context, seed, epoch) for epoch in count())
+        return chain.from_iterable(pack_rows(examples, context, seed, epoch) for epoch in count())
 
-    def steps(first: int) -> Iterator[Step]:
-        left = islice(rows(), first * batch, None)
+    def steps(first: int) -> Iterator[GlobalBatch]:
+        rest = islice(rows(), first * batch, None)
         while True:
-            step = list(islice(left, batch))
-            parts = (step[i : i + at_once] for i in range(0, batch, at_once))
-            yield [together(list(chain.from_iterable(part))) for part in parts]
+            drawn = list(islice(rest, batch))
+            parts = (drawn[i : i + micro_batch] for i in range(0, batch, micro_batch))
+            yield [collate(list(chain.from_iterable(part))) for part in parts]
 
     return steps
 
@@ -122,40 +124,45 @@ def packed(
 def num_steps(
     examples: Sequence[Example], context: int, batch: int, epochs: int, seed: int = 0
 ) -> int:
-    """How many steps of `packed` bring every example `epochs` times."""
+    """Return how many steps of `packed_batches` show every example `epochs` times."""
     if min(batch, epochs) < 1:
         raise ValueError(f"training: batch {batch}, epochs {epochs}; both are 1 or more")
-    rows = sum(len(fill(examples, context, seed, epoch)) for epoch in range(epochs))
+    rows = sum(len(pack_rows(examples, context, seed, epoch)) for epoch in range(epochs))
     return -(-rows // batch)
 
 
-def fill(examples: Sequence[Example], context: int, seed: int, epoch: int) -> list[list[Example]]:
-    """Rows of whole documents, in shuffled order, each into the first that has room for it."""
+def pack_rows(
+    examples: Sequence[Example], context: int, seed: int, epoch: int
+) -> list[list[Example]]:
+    """Shuffle documents and put each into the first open row with enough room.
+
+    Raises ValueError if a document is longer than a row.
+    """
     order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
     rows: list[list[Example]] = []
-    room: dict[int, int] = {}  # of those that are still open
+    room: dict[int, int] = {}  # tokens left, by index of an open row
     for example in order:
         length = len(example.ids)
         if length > context:
             raise ValueError(f"training: a document of {length} tokens, a context of {context}")
-        fitting = next((row for row, left in room.items() if length <= left), None)
-        if fitting is None:
-            if len(room) == OPEN_ROWS:
+        row = next((row for row, left in room.items() if length <= left), None)
+        if row is None:
+            if len(room) == MAX_OPEN_ROWS:
                 del room[min(room, key=lambda row: room[row])]
-            fitting = len(rows)
+            row = len(rows)
             rows.append([])
-            room[fitting] = context
-        rows[fitting].append(example)
-        room[fitting] -= length
+            room[row] = context
+        rows[row].append(example)
+        room[row] -= length
     return rows
 
 
-def together(examples: Sequence[Example]) -> Microbatch:
-    """Documents end to end, each predicted by itself alone."""
+def collate(examples: Sequence[Example]) -> Microbatch:
+    """Join documents end to end. The last token of each document has no target."""
     tokens = [id for example in examples for id in example.ids]
     targets: list[int] = []
-    for ids, learned in examples:
-        pairs = zip(ids[1:], learned[1:], strict=True)
-        targets += [id if wanted else IGNORED for id, wanted in pairs] + [IGNORED]
+    for ids, loss_mask in examples:
+        pairs = zip(ids[1:], loss_mask[1:], strict=True)
+        targets += [id if is_target else IGNORE_INDEX for id, is_target in pairs] + [IGNORE_INDEX]
     lengths = tuple(len(example.ids) for example in examples)
     return Microbatch(torch.tensor(tokens), torch.tensor(targets), lengths)

@@ -1,14 +1,14 @@
-"""Records as people keep them -> examples: ids, and which of them are to be learned.
+"""Records of a training file become examples: token ids and a loss mask.
 
-A record is a dialog, in the form of OpenAI's fine-tuning files, of which the assistant's tokens are
-learned; a prompt and its completion, which is learned; or a text, all of which is:
+A record is a dialog, in the format of OpenAI's fine-tuning files, where the assistant's tokens are
+learned; a prompt with a completion, where the completion is learned; or a text, learned whole:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     {"prompt": "Once upon", "completion": " a time"}
     {"text": "Once upon a time"}
 
-A dialog may have "tools", and a message of the assistant's the "weight" 0, not to be learned. Other
-fields are of no account.
+A dialog may have "tools", and an assistant's message the "weight" 0, which excludes it from the
+loss. Other fields are ignored.
 """
 
 import json
@@ -16,24 +16,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama32.chat import Chat
-from llama32.tokenizer import Tokenizer
+from llama32.text.chat import Chat
+from llama32.text.tokenizer import Tokenizer
 from llama32.train.data import Example
 
 Record = Mapping[str, Any]
-DATE = "26 Jul 2024"  # what the Hub's template takes for today where it cannot know
+DEFAULT_DATE = "26 Jul 2024"  # the date that the Hub's template falls back to
 
 
 class Examples(NamedTuple):
-    """All of a file, and what a context too short has done to them."""
+    """The examples of a file, and how many exceeded the context."""
 
     examples: list[Example]
-    num_cut: int  # lost their end
-    num_lost: int  # lost all that was to be learned, and are left out
+    num_truncated: int  # cut at the end
+    num_dropped: int  # left out, because the cut removed every token with a loss
 
 
 def read_records(file: Path) -> list[Record]:
-    """One JSON object a line; empty lines are passed over."""
+    """Read a JSON object per line; empty lines are skipped."""
     records = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -53,59 +53,62 @@ def to_examples(
     tokenizer: Tokenizer,
     chat: Chat | None,
     context: int,
-    date: str = DATE,
+    date: str = DEFAULT_DATE,
 ) -> Examples:
-    """Each as the model will see it, cut to `context` tokens. ValueError with the number of the
-    first that is no example."""
+    """Encode records and cut them to `context` tokens.
+
+    Raises ValueError with the number of the first invalid record.
+    """
     examples, num_cut, num_lost = [], 0, 0
     for number, record in enumerate(records, start=1):
         try:
-            ids, learned = to_example(record, tokenizer, chat, date)
+            ids, loss_mask = to_example(record, tokenizer, chat, date)
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from None
         num_cut += len(ids) > context
-        if any(learned[:context]):
-            examples.append(Example(ids[:context], learned[:context]))
+        if any(loss_mask[:context]):
+            examples.append(Example(ids[:context], loss_mask[:context]))
         else:
             num_lost += 1
     return Examples(examples, num_cut - num_lost, num_lost)
 
 
 def to_example(record: Record, tokenizer: Tokenizer, chat: Chat | None, date: str) -> Example:
-    """One record, in whichever form it is."""
+    """Encode a record of any kind."""
     if "messages" in record:
         if chat is None:
-            raise ValueError("it is a dialog, and this checkpoint has no chat format")
-        return of_dialog(record, chat, date)
+            raise ValueError("the record is a dialog, and this checkpoint has no chat format")
+        return from_dialog(record, chat, date)
     if "text" in record:
-        return of_texts(["", record["text"]], tokenizer)
+        return from_texts(["", record["text"]], tokenizer)
     if "prompt" in record and "completion" in record:
-        return of_texts([record["prompt"], record["completion"]], tokenizer)
-    raise ValueError("it has neither messages, nor a prompt and a completion, nor a text")
+        return from_texts([record["prompt"], record["completion"]], tokenizer)
+    raise ValueError("found neither messages, nor a prompt and a completion, nor a text")
 
 
-def of_dialog(record: Record, chat: Chat, date: str) -> Example:
-    """A dialog: what the assistant says is learned, up to the token that ends its turn."""
+def from_dialog(record: Record, chat: Chat, date: str) -> Example:
+    """Encode a dialog. The loss covers assistant messages, up to the end-of-turn token."""
     messages = record["messages"]
     ids = chat.encode(messages, record.get("tools"), date, add_generation_prompt=False)
     weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
     if bad := [weight for weight in weights if weight not in (0, 1)]:
         raise ValueError(f"a message's weight is {bad[0]!r}; allowed: 0, 1")
-    learned = [False] * len(ids)
-    for answer, weight in zip(chat.answers(ids), weights, strict=True):
-        learned[answer.start : answer.stop] = [bool(weight)] * len(answer)
-    if not any(learned):
-        raise ValueError("the assistant says nothing in it that is to be learned")
-    return Example(ids, learned)
+    loss_mask = [False] * len(ids)
+    for span, weight in zip(chat.assistant_spans(ids), weights, strict=True):
+        loss_mask[span.start : span.stop] = [bool(weight)] * len(span)
+    if not any(loss_mask):
+        raise ValueError("no assistant message to learn; give at least one, of weight 1")
+    return Example(ids, loss_mask)
 
 
-def of_texts(texts: Sequence[Any], tokenizer: Tokenizer) -> Example:
-    """A prompt, and what is learned to come after it: encoded apart, as a prompt will be."""
+def from_texts(texts: Sequence[Any], tokenizer: Tokenizer) -> Example:
+    """Encode a prompt and a completion separately, as at inference; the completion is learned."""
     if bad := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f"expected a text, got {bad[0]!r:.60}")
     prompt, completion = texts
-    given = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
-    wanted = tokenizer.encode(completion, eos=tokenizer.eos_id is not None)
+    prompt_ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+    completion_ids = tokenizer.encode(completion, eos=tokenizer.eos_id is not None)
     if not completion:
-        raise ValueError("there is no text in it to be learned")
-    return Example(given + wanted, [False] * len(given) + [True] * len(wanted))
+        raise ValueError("the text to learn is empty")
+    loss_mask = [False] * len(prompt_ids) + [True] * len(completion_ids)
+    return Example(prompt_ids + completion_ids, loss_mask)

@@ -1,24 +1,52 @@
-"""Fine-tuning as a whole: records in, a trained model and its learning curve out."""
+"""Fine-tuning: records in, a trained model and a learning curve out."""
 
 import logging
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from llama32.llm import LLM
-from llama32.train.curve import draw_curve
-from llama32.train.data import Example, fill, num_steps, packed, together
-from llama32.train.examples import DATE, Examples, Record, read_records, to_examples
-from llama32.train.loop import Point, train
-from llama32.train.recipe import Recipe
+from llama32.llm.llm import LLM
+from llama32.train.config import TrainConfig
+from llama32.train.data import Example, collate, num_steps, pack_rows, packed_batches
+from llama32.train.examples import DEFAULT_DATE, Examples, Record, read_records, to_examples
+from llama32.train.loop import CurvePoint, train
+from llama32.train.plot import draw_curve
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 
+def accepts_old_keywords(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function accept old keyword names (old="new") with a DeprecationWarning."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in renamed.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(
+                        f"{function.__name__}: {old} is the old name of {new}; give one"
+                    )
+                warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@accepts_old_keywords(at_once="micro_batch", recompute="activation_checkpointing")
 def finetune(
     llm: LLM,
     records: str | Path | Sequence[Record],
@@ -27,41 +55,42 @@ def finetune(
     held_out: str | Path | Sequence[Record] | float = 0.05,
     epochs: int = 3,
     batch: int = 8,
-    at_once: int = 1,
+    micro_batch: int = 1,
     context: int | None = None,
-    date: str = DATE,
+    date: str = DEFAULT_DATE,
     mesh: DeviceMesh | None = None,
-    **recipe: Any,
-) -> list[Point]:
-    """Train what requires gradients of `llm.model` (an adapter, after `add_lora`) on records, or on
-    a file with one in each line: dialogs, prompts with completions, or texts (`examples.py`).
+    **config: Any,
+) -> list[CurvePoint]:
+    """Train the parameters of `llm.model` that require gradients (an adapter, after `add_lora`).
 
-    Whole examples are packed into rows of up to `context` tokens, by default what the model takes
-    and 2,048 at most; longer ones lose their end. A step is `batch` rows, `at_once` at a time go
-    through the model. `held_out` is what the curve measures and nothing is learned from: other
-    records, or a share of these. `date` is what dialogs take for today. `mesh` is that of a model
-    sharded over several processes (`adapt/sharded.py`). All else is for `Recipe`.
+    `records` are dialogs, prompts with completions, or texts (`examples.py`), or a file with a
+    record per line. Whole examples are packed into rows of up to `context` tokens, by default the
+    model's context and at most 2,048; longer examples lose their end. A step is `batch` rows, and
+    `micro_batch` rows at a time pass through the model. `held_out` is measured for the curve and
+    never learned: other records, or a share of `records`. `date` is the date in dialogs. `mesh` is
+    the mesh of a model sharded over several processes (`parallel/fsdp.py`). All other keywords go
+    to `TrainConfig`.
 
-    `folder` gets `training.pt`, from which a run that was killed goes on, and `curve.png`. Returns
-    the learning curve.
+    Writes `training.pt`, from which a killed run resumes, and `curve.png` to `folder`. Returns the
+    learning curve.
     """
     folder = Path(folder)
-    context = usable(context, llm)
-    seed = recipe.setdefault("seed", 0)
-    found = prepare(llm, records, context, date)
+    context = check_context(context, llm)
+    seed = config.setdefault("seed", 0)
+    loaded = load_examples(llm, records, context, date)
     if isinstance(held_out, float | int):
-        examples, unseen = split(found.examples, held_out, seed)
+        examples, unseen = split_held_out(loaded.examples, held_out, seed)
     else:
-        examples, unseen = found.examples, prepare(llm, held_out, context, date).examples
+        examples, unseen = loaded.examples, load_examples(llm, held_out, context, date).examples
     if not examples:
         raise ValueError("finetune: there is nothing to learn in these records")
     steps = num_steps(examples, context, batch, epochs, seed)
     defaults: dict[str, Any] = {"warmup": -(-steps // 20), "save_every": max(1, steps // 20)}
-    defaults["data"] = sha256(repr((examples, context, batch, at_once)).encode()).hexdigest()
-    settings = Recipe(**{"steps": steps, **defaults, **recipe})
-    logger.info("%s", about(examples, settings.steps) + shortened(found, context))
-    data = packed(examples, context, batch, at_once, seed)
-    rows = [together(row) for row in fill(unseen, context, seed=0, epoch=0)]
+    defaults["data"] = fingerprint(examples, context, batch, micro_batch)
+    settings = TrainConfig(**{"steps": steps, **defaults, **config})
+    logger.info("%s", summarize(examples, settings.steps) + truncation_note(loaded, context))
+    data = packed_batches(examples, context, batch, micro_batch, seed)
+    rows = [collate(row) for row in pack_rows(unseen, context, seed=0, epoch=0)]
     curve = train(llm.model, data, rows, settings, folder, mesh=mesh)
     if mesh is None or mesh.get_rank() == 0:
         title = f"{len(examples):,} examples, {epochs} epochs"
@@ -69,8 +98,20 @@ def finetune(
     return curve
 
 
-def usable(context: int | None, llm: LLM) -> int:
-    """The context, as given or by default. ValueError where the model has no such."""
+def fingerprint(examples: Sequence[Example], context: int, batch: int, micro_batch: int) -> str:
+    """Return a digest of the training data and of how rows are batched.
+
+    A run resumes only with the same digest. Checkpoints of version 0.1.0 hold the digest of
+    `repr((examples, context, batch, micro_batch))` from a time when the field `loss_mask` was
+    named `learned`, so the hashed text keeps that name.
+    """
+    documents = ", ".join(f"Example(ids={ids!r}, learned={mask!r})" for ids, mask in examples)
+    text = f"([{documents}], {context!r}, {batch!r}, {micro_batch!r})"
+    return sha256(text.encode()).hexdigest()
+
+
+def check_context(context: int | None, llm: LLM) -> int:
+    """Return the context or the default. Raises ValueError above the model's limit."""
     limit = llm.model.config.max_position_embeddings
     if context is None:
         return min(limit, 2048)
@@ -79,33 +120,39 @@ def usable(context: int | None, llm: LLM) -> int:
     return context
 
 
-def prepare(llm: LLM, records: str | Path | Sequence[Record], context: int, date: str) -> Examples:
-    """A file's, or those given, as the model will see them."""
-    given = read_records(Path(records)) if isinstance(records, str | Path) else records
-    return to_examples(given, llm.require_tokenizer(), llm.chat_format, context, date)
+def load_examples(
+    llm: LLM, records: str | Path | Sequence[Record], context: int, date: str
+) -> Examples:
+    """Encode records, read from a file if `records` is a path."""
+    if isinstance(records, str | Path):
+        records = read_records(Path(records))
+    return to_examples(records, llm.require_tokenizer(), llm.chat_format, context, date)
 
 
-def split(
+def split_held_out(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """All but a share of them, and that share, which is drawn; both in their order."""
+    """Split off a random share of examples. Both parts keep the order of `examples`."""
     if not 0 <= share < 1:
         raise ValueError(f"held_out is {share}, allowed: from 0 up to below 1")
-    apart = {*random.Random(seed).sample(range(len(examples)), round(share * len(examples)))}
-    kept = [example for i, example in enumerate(examples) if i not in apart]
-    return kept, [example for i, example in enumerate(examples) if i in apart]
+    indices = {*random.Random(seed).sample(range(len(examples)), round(share * len(examples)))}
+    training = [example for i, example in enumerate(examples) if i not in indices]
+    return training, [example for i, example in enumerate(examples) if i in indices]
 
 
-def about(examples: Sequence[Example], steps: int) -> str:
-    """What is learned from, in one line."""
+def summarize(examples: Sequence[Example], steps: int) -> str:
+    """Return a line with the numbers of examples, tokens and steps."""
     tokens = sum(len(example.ids) for example in examples)
-    learned = sum(sum(example.learned) for example in examples)
-    share = f"{learned / tokens:.0%} of them to be learned"
+    num_loss_tokens = sum(sum(example.loss_mask) for example in examples)
+    share = f"{num_loss_tokens / tokens:.0%} of them with a loss"
     return f"{len(examples):,} examples, {tokens:,} tokens, {share}; {steps:,} steps"
 
 
-def shortened(found: Examples, context: int) -> str:
-    """What became of those that were too long; nothing if there were none."""
-    line = f"; {found.num_cut:,} examples are cut to {context:,} tokens" if found.num_cut else ""
-    lost = f"; {found.num_lost:,} are left out, too long for their answer" if found.num_lost else ""
-    return line + lost
+def truncation_note(loaded: Examples, context: int) -> str:
+    """Return how many examples exceeded the context; empty without any."""
+    note = ""
+    if loaded.num_truncated:
+        note += f"; {loaded.num_truncated:,} examples are cut to {context:,} tokens"
+    if loaded.num_dropped:
+        note += f"; {loaded.num_dropped:,} are left out, because the cut leaves nothing to learn"
+    return note

@@ -1,7 +1,7 @@
-"""A training loop to read in one sitting: AdamW, a cosine, accumulated gradients, a safe resume.
+"""The training loop: AdamW, cosine schedule, gradient accumulation, safe resume.
 
-The loop owns no data and no model. It is given a `Llama`, of which it trains what requires
-gradients (all of it, or an adapter inside), and the steps to go through (`data.py`).
+The loop owns neither model nor data. The caller passes a `Llama`, whose parameters that require
+gradients are trained (all of them, or an adapter's), and a source of batches (`data.py`).
 """
 
 import math
@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -24,203 +23,208 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llama32.adapt.sharded import gather, scatter
 from llama32.model import Llama
-from llama32.train.data import IGNORED, Data, Microbatch, Step, predicting
-from llama32.train.documents import Documents
-from llama32.train.recipe import Recipe, groups, learning_rate, trainable
+from llama32.parallel.fsdp import gather, scatter
+from llama32.train.checkpoint import read_checkpoint
+from llama32.train.config import TrainConfig, learning_rate, parameter_groups, trainable_parameters
+from llama32.train.data import IGNORE_INDEX, BatchSource, GlobalBatch, Microbatch, shift
+from llama32.train.document_attention import DocumentAttention
 
-# What `torch.load` raises, and reading what it gives, where a file is none of ours.
-UNREADABLE = (RuntimeError, UnpicklingError, EOFError, AttributeError, LookupError)
-Forward = Callable[..., Tensor]  # a Llama, or a faster form of the same weights
+Forward = Callable[..., Tensor]  # a Llama, or a faster function of the same weights
 
 
-class Point(NamedTuple):
-    """Of the learning curve. Losses in nats per token: the mean since the point before, and over
-    what is held out; None where there is none."""
+class CurvePoint(NamedTuple):
+    """A point of the learning curve, with losses in nats per token."""
 
     step: int
-    train: float | None
-    held_out: float | None
+    train: float | None  # mean since the previous point; None at the first
+    held_out: float | None  # None without held-out data
 
 
 def summed_loss(model: Forward, batch: Microbatch) -> Float[Tensor, ""]:
-    """Cross-entropy in nats, summed over the targets. Only what is asked goes through the head."""
+    """Return the cross-entropy in nats, summed over the targets.
+
+    Of packed documents, only tokens with a target pass through the output head.
+    """
     if batch.lengths is None:
         logits, targets = model(batch.tokens).flatten(0, -2), batch.targets.flatten()
     else:
-        asked = batch.targets != IGNORED
-        logits = model(batch.tokens, batch.positions, attend=Documents(batch.lengths), rows=asked)
-        targets = batch.targets[asked]
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        is_target = batch.targets != IGNORE_INDEX
+        attend = DocumentAttention(batch.lengths)
+        logits = model(batch.tokens, batch.positions, attend=attend, logits_at=is_target)
+        targets = batch.targets[is_target]
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def next_token_loss(model: Forward, tokens: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats of each token given those before it."""
-    batch = predicting(tokens)
+    """Return the mean cross-entropy in nats of each token given all earlier tokens."""
+    batch = shift(tokens)
     return summed_loss(model, batch) / batch.num_targets
 
 
 def train(
     model: Llama,
-    data: Data,
+    data: BatchSource,
     held_out: Sequence[Microbatch],
-    recipe: Recipe,
+    config: TrainConfig,
     folder: Path,
     *,
     forward: Forward | None = None,
     mesh: DeviceMesh | None = None,
-) -> list[Point]:
-    """Train in place, from the newest checkpoint in `folder` if it holds one.
+) -> list[CurvePoint]:
+    """Train in place, from the checkpoint in `folder` if there is one.
 
-    A run that was killed and resumed ends, bit by bit, as one that was not. `forward` stands in
-    for the model where it is a faster form of the same weights. `mesh` is that of a model sharded
-    over several processes (`adapt/sharded.py`), each of which takes its part of a step's
-    microbatches. Returns the learning curve, which begins with the held-out loss of the model as
-    it came.
+    A killed and resumed run ends with the bits of an uninterrupted run. `forward` replaces the
+    model by a faster function of the same weights. `mesh` is the mesh of a model sharded over
+    several processes (`parallel/fsdp.py`); each process takes a part of a step's micro-batches.
+    Returns the learning curve, which begins with the held-out loss before training.
     """
-    run = Run(model, recipe, folder / "training.pt", forward or model, mesh)
-    run.resume()
-    left = recipe.steps - run.num_steps
-    with recomputing(model, recipe.recompute), bar(recipe.steps, run.rank == 0) as show:
-        if not run.curve:
-            run.mark(held_out)
-        show(run.num_steps, run.curve)
-        for step in islice(data(run.num_steps), left):
-            run.take(step)
-            if run.num_steps % recipe.save_every == 0 or run.num_steps == recipe.steps:
-                run.mark(held_out)
-                run.keep()
-            show(run.num_steps, run.curve)
+    state = TrainState(model, config, folder / "training.pt", forward or model, mesh)
+    state.resume()
+    steps_left = config.steps - state.num_steps
+    with (
+        activation_checkpointing(model, config.activation_checkpointing),
+        progress_bar(config.steps, state.rank == 0) as show,
+    ):
+        if not state.curve:
+            state.record_losses(held_out)
+        show(state.num_steps, state.curve)
+        for batch in islice(data(state.num_steps), steps_left):
+            state.train_step(batch)
+            if state.num_steps % config.save_every == 0 or state.num_steps == config.steps:
+                state.record_losses(held_out)
+                state.save_checkpoint()
+            show(state.num_steps, state.curve)
     model.eval()
-    return run.curve
+    return state.curve
 
 
-class Run:
-    """A model on its way: what of it is trained, the optimizer, how far it has come."""
+class TrainState:
+    """Model, optimizer and progress of a training run."""
 
     def __init__(
-        self, model: Llama, recipe: Recipe, file: Path, forward: Forward, mesh: DeviceMesh | None
+        self,
+        model: Llama,
+        config: TrainConfig,
+        file: Path,
+        forward: Forward,
+        mesh: DeviceMesh | None,
     ) -> None:
-        self.model, self.recipe, self.file, self.forward = model, recipe, file, forward
+        self.model, self.config, self.file, self.forward = model, config, file, forward
         self.rank, self.world, self.group = 0, 1, None
         if mesh is not None:
             self.rank, self.world, self.group = mesh.get_rank(), mesh.size(), mesh.get_group()
-        self.weights = trainable(model)
-        self.optimizer = torch.optim.AdamW(groups(self.weights, recipe), betas=recipe.betas)
+        self.weights = trainable_parameters(model)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.weights, config), betas=config.betas
+        )
         self.device = model.embed.weight.device
         self.num_steps = 0
-        self.curve: list[Point] = []
-        self.losses: list[Tensor] = []  # since the last point
+        self.curve: list[CurvePoint] = []
+        self.losses: list[Tensor] = []  # one per step since the last point
 
-    def take(self, step: Step) -> None:
-        """One step of the optimizer. The loss is a mean over all targets of the step, in however
-        many microbatches they come and whichever process has them."""
-        if len(step) % self.world:  # the processes of a sharded model must run it equally often
-            advice = f"{len(step)} microbatches a step, which {self.world} processes cannot share"
+    def train_step(self, batch: GlobalBatch) -> None:
+        """Take a step of the optimizer.
+
+        The loss is the mean over all targets of the step, however they are divided into
+        micro-batches and processes. Raises ValueError if the processes cannot share the
+        micro-batches evenly.
+        """
+        if len(batch) % self.world:  # all processes of a sharded model must run equally often
+            advice = f"{len(batch)} microbatches a step, which {self.world} processes cannot share"
             raise ValueError(f"training: {advice}")
-        num_targets = sum(batch.num_targets for batch in step)
+        num_targets = sum(microbatch.num_targets for microbatch in batch)
         mean = torch.zeros((), device=self.device)
         self.model.train()
-        for i in range(self.rank, len(step), self.world):
-            with seeded(f"{self.recipe.seed} {self.num_steps} {i}", self.device):
-                loss = self.loss(step[i]) / num_targets
+        for i in range(self.rank, len(batch), self.world):
+            with fork_seed(f"{self.config.seed} {self.num_steps} {i}", self.device):
+                loss = self.loss(batch[i]) / num_targets
                 loss.backward()  # a sharded model adds up the gradients of all processes
                 mean += loss.detach()
-        nn.utils.clip_grad_norm_(self.weights.values(), self.recipe.clip)
+        nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.num_steps, self.recipe)
+            group["lr"] = learning_rate(self.num_steps, self.config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(mean)
         self.num_steps += 1
 
     def loss(self, batch: Microbatch) -> Float[Tensor, ""]:
-        """Summed over the targets."""
-        lower = self.recipe.autocast
-        with torch.autocast(self.device.type, lower, enabled=lower is not None):
+        """Return the loss summed over the targets, in the precision of `autocast`."""
+        dtype = self.config.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return summed_loss(self.forward, batch.to(self.device))
 
     @torch.no_grad()
-    def mark(self, held_out: Sequence[Microbatch]) -> None:
-        """A point of the curve."""
+    def record_losses(self, held_out: Sequence[Microbatch]) -> None:
+        """Add a point to the curve. Raises FloatingPointError if the loss is not finite."""
         self.model.eval()
-        seen = unseen = None
+        train_loss = held_out_loss = None
         if held_out:
-            total = sum(self.loss(batch).item() for batch in held_out)
-            unseen = total / sum(batch.num_targets for batch in held_out)
+            total = sum(self.loss(microbatch).item() for microbatch in held_out)
+            held_out_loss = total / sum(microbatch.num_targets for microbatch in held_out)
         if self.losses:
             mean = torch.stack(self.losses).mean()
             if self.group is not None:
                 distributed.all_reduce(mean, group=self.group)
-            seen = mean.item()
-            if not math.isfinite(seen):  # and the file keeps what was before
+            train_loss = mean.item()
+            if not math.isfinite(train_loss):  # raised before saving: the last checkpoint stays
                 advice = "a lower peak_rate, or a longer warmup, may help"
-                raise FloatingPointError(f"training: the loss is {seen} by now; {advice}")
-        self.curve.append(Point(self.num_steps, seen, unseen))
+                raise FloatingPointError(f"training: the loss is {train_loss}; {advice}")
+        self.curve.append(CurvePoint(self.num_steps, train_loss, held_out_loss))
         self.losses.clear()
 
-    def keep(self) -> None:
-        """Put into the file what a resumed run needs."""
+    def save_checkpoint(self) -> None:
+        """Write everything that a resumed run needs."""
         state = gather(self.model, self.optimizer)
         if self.rank:
             return
-        told = {
-            "recipe": said(self.recipe),
+        progress = {
+            "config": config_dict(self.config),
             "step": self.num_steps,
             "curve": [tuple(point) for point in self.curve],
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_suffix(".writing")  # a kill while writing leaves the last one whole
-        torch.save(told | state, aside)
-        aside.replace(self.file)
+        temporary = self.file.with_suffix(".writing")  # a kill here leaves the last checkpoint
+        torch.save(progress | state, temporary)
+        temporary.replace(self.file)
 
     def resume(self) -> None:
-        """Go on from the file, if there is one; ValueError where it is of another run."""
+        """Continue from the file, if present. Raises ValueError for the file of another run."""
         saved: dict[str, Any] = {"model": {}, "optimizer": {}}
         if self.rank == 0 and self.file.exists():
-            saved = read(self.file)
-        told = [{key: saved[key] for key in ("recipe", "step", "curve") if key in saved}]
-        if self.group is not None:  # which of the processes has the file need not matter
-            distributed.broadcast_object_list(told, group_src=0, group=self.group)
-        (told,) = told
-        if not told:
+            saved = read_checkpoint(self.file)
+        shared = [{key: saved[key] for key in ("config", "step", "curve") if key in saved}]
+        if self.group is not None:  # only rank 0 needs to see the file
+            distributed.broadcast_object_list(shared, group_src=0, group=self.group)
+        (progress,) = shared
+        if not progress:
             return
-        now = said(self.recipe)
-        other = [f"{key} {was!r}" for key, was in told["recipe"].items() if was != now.get(key)]
-        if other:
-            advice = "take another folder, or go on as it began"
-            raise ValueError(f"{self.file} is of a run with {', '.join(other)}; {advice}")
+        now, before = config_dict(self.config), progress["config"]
+        changed = [f"{key} {value!r}" for key, value in before.items() if value != now.get(key)]
+        if changed:
+            advice = "take another folder, or the same settings as before"
+            raise ValueError(f"{self.file} is of a run with {', '.join(changed)}; {advice}")
         scatter(self.model, self.optimizer, {key: saved[key] for key in ("model", "optimizer")})
-        self.num_steps = told["step"]
-        self.curve = [Point(*point) for point in told["curve"]]
-
-
-def read(file: Path) -> dict[str, Any]:
-    """What `keep` has written; ValueError where a file holds something else."""
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        complete = {"recipe", "step", "curve", "model", "optimizer"} <= saved.keys()
-    except UNREADABLE:
-        complete = False
-    if not complete:
-        raise ValueError(f"{file}: not the checkpoint of a run; delete it to begin anew")
-    return saved
+        self.num_steps = progress["step"]
+        self.curve = [CurvePoint(*point) for point in progress["curve"]]
 
 
 @contextmanager
-def seeded(seed: str, device: torch.device) -> Iterator[None]:
-    """Chance (dropout) that depends on the seed alone, and leaves no trace outside."""
+def fork_seed(seed: str, device: torch.device) -> Iterator[None]:
+    """Make dropout depend on the seed alone, and restore the random state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(random.Random(seed).getrandbits(63))
         yield
 
 
 @contextmanager
-def recomputing(model: Llama, wanted: bool = True) -> Iterator[None]:
-    """Keep what enters each layer alone, and run the layer again in the backward pass: so the
-    memory for activations is that of one layer. (Chen et al. 2016)"""
-    if not wanted:
+def activation_checkpointing(model: Llama, enabled: bool = True) -> Iterator[None]:
+    """Keep only the input of each layer, and run the layer again in the backward pass.
+
+    Activations then take the memory of a single layer. (Chen et al. 2016)
+    """
+    if not enabled:
         yield
         return
     for layer in model.layers:
@@ -232,14 +236,14 @@ def recomputing(model: Llama, wanted: bool = True) -> Iterator[None]:
             del layer.forward
 
 
-def said(recipe: Recipe) -> dict[str, Any]:
-    """As a file can hold it."""
-    return {name: str(value) for name, value in asdict(recipe).items()}
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return the config as strings, to be stored and compared."""
+    return {name: str(value) for name, value in asdict(config).items()}
 
 
 @contextmanager
-def bar(total: int, shown: bool) -> Iterator[Callable[[int, list[Point]], None]]:
-    """Shows on stderr how far a run is, and each point of its curve."""
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int, list[CurvePoint]], None]]:
+    """Show progress and each point of the curve on stderr. Yields the function to call."""
     if not shown:
         yield lambda step, curve: None
         return
@@ -249,7 +253,7 @@ def bar(total: int, shown: bool) -> Iterator[Callable[[int, list[Point]], None]]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
 
-        def show(step: int, curve: list[Point]) -> None:
+        def show(step: int, curve: list[CurvePoint]) -> None:
             losses = ("train", curve[-1].train), ("held out", curve[-1].held_out)
             text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
             if curve[-1].step == step:

@@ -1,4 +1,4 @@
-"""What `llama32 bench` asks of its contenders, and what it tells of them."""
+"""Benchmarks: plans, backends, worker processes and reports."""
 
 import json
 from pathlib import Path
@@ -7,58 +7,58 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama32.bench import run as module
-from llama32.bench.contenders import KINDS, Ours, Transformers, median_step
-from llama32.bench.plan import Form, PeerName, Plan, plan_for
-from llama32.bench.report import facts, footnote, rich_tables, tables
-from llama32.bench.run import Measured, Worker, measure
-from llama32.bench.turns import Run
+from llama32.bench import run as bench_run
+from llama32.bench.backends import BACKENDS, Llama32Backend, TransformersBackend, median_step
+from llama32.bench.interleave import Run
+from llama32.bench.plan import PeerName, Plan, WeightFormat, make_plan
+from llama32.bench.report import footnote, rich_tables, tables, to_dict
+from llama32.bench.run import Measurements, Worker, measure
+from llama32.checkpoint.hub import resolve
 from llama32.generate import generate
-from llama32.hub import resolve
-from llama32.loading import load_model
-from llama32.settings import Sampling
+from llama32.llm.loading import load_model
+from llama32.sampling_params import Sampling
 from tests.commands import json_of
 from tests.commands import run as run_command
 
-CONTENDERS = [("llama32", "optimized"), ("transformers", "as stored")]
+BACKEND_NAMES = [("llama32", "optimized"), ("transformers", "as stored")]
 
 
 def runs(*seconds: float) -> list[Run]:
-    return [Run(one, None, 0.0, 0) for one in seconds]
+    return [Run(each, None, 0.0, 0) for each in seconds]
 
 
-def measured() -> Measured:
-    ours, theirs = "llama32, optimized", "transformers, as stored"
-    return Measured(
+def measured() -> Measurements:
+    own, peer = "llama32, optimized", "transformers, as stored"
+    return Measurements(
         runs={
-            "decode, batch 1": {ours: runs(0.1, 0.2, 0.9), theirs: runs(0.1, 0.4, 0.4)},
-            "decode, batch 8": {ours: runs(0.4), theirs: runs(0.2)},
-            "prefill, 64": {ours: runs(0.5), theirs: runs(1.0)},
+            "decode, batch 1": {own: runs(0.1, 0.2, 0.9), peer: runs(0.1, 0.4, 0.4)},
+            "decode, batch 8": {own: runs(0.4), peer: runs(0.2)},
+            "prefill, 64": {own: runs(0.5), peer: runs(1.0)},
         },
         loading={
-            ours: {"load": 1.0, "first": 1.5, "nbytes": 2_000_000_000},
-            theirs: {"load": 0.5, "first": 2.5, "nbytes": 2_000_000_000},
+            own: {"load": 1.0, "first": 1.5, "nbytes": 2_000_000_000},
+            peer: {"load": 0.5, "first": 2.5, "nbytes": 2_000_000_000},
         },
-        peaks={ours: 2_500_000_000, theirs: 3_000_000_000},
+        peaks={own: 2_500_000_000, peer: 3_000_000_000},
         bandwidth=20e9,
     )
 
 
 @pytest.fixture
 def plan() -> Plan:
-    return Plan(resolve("tiny"), CONTENDERS, (1, 8), (64,), runs=1)
+    return Plan(resolve("tiny"), BACKEND_NAMES, (1, 8), (64,), runs=1)
 
 
-def test_tables_tell_medians_ratios_and_resources(plan):
-    speed, ratio, needs = tables(plan, measured())
+def test_tables_show_medians_ratios_and_resources(plan):
+    speed, ratio, resources = tables(plan, measured())
     assert speed.rows == [
         ["decode, batch 1", "5.0", "2.5"],
         ["decode, batch 8", "20.0", "40.0"],
         ["prefill, 64", "128.0", "64.0"],
     ]
     assert ratio.head == ["llama32, optimized: times as fast as", "transformers, as stored"]
-    assert [row[1] for row in ratio.rows] == ["1.00", "0.50", "2.00"]  # medians of rounds
-    assert dict((row[0], row[1:]) for row in needs.rows) == {
+    assert [row[1] for row in ratio.rows] == ["1.00", "0.50", "2.00"]  # medians over rounds
+    assert dict((row[0], row[1:]) for row in resources.rows) == {
         "weights, GB": ["2.00", "2.00"],
         "peak memory, GB": ["2.50", "3.00"],
         "load, s": ["1.00", "0.50"],
@@ -70,116 +70,124 @@ def test_tables_tell_medians_ratios_and_resources(plan):
     assert len([*rich_tables(plan, measured())]) == 3
 
 
-def test_one_contender_is_compared_with_nobody(plan):
-    alone = measured()
-    ours = "llama32, optimized"
-    alone = Measured(
-        {task: {ours: each[ours]} for task, each in alone.runs.items()},
-        {ours: alone.loading[ours]},
-        {ours: alone.peaks[ours]},
-        alone.bandwidth,
+def test_a_single_backend_gets_no_comparison(plan):
+    both = measured()
+    name = "llama32, optimized"
+    alone = Measurements(
+        {task: {name: by_backend[name]} for task, by_backend in both.runs.items()},
+        {name: both.loading[name]},
+        {name: both.peaks[name]},
+        both.bandwidth,
     )
     assert len([*rich_tables(plan, alone)]) == 2
 
 
-def test_facts_can_be_written_as_json(plan):
-    found = json.loads(json.dumps(facts(plan, measured())))
-    assert found["seconds"]["prefill, 64"]["transformers, as stored"] == [1.0]
-    assert found["tokens"] == {"decode, batch 1": 1, "decode, batch 8": 8, "prefill, 64": 64}
-    assert found["disturbance"] == footnote(measured())
+def test_results_can_be_written_as_json(plan):
+    written = json.loads(json.dumps(to_dict(plan, measured())))
+    assert written["seconds"]["prefill, 64"]["transformers, as stored"] == [1.0]
+    assert written["tokens"] == {"decode, batch 1": 1, "decode, batch 8": 8, "prefill, 64": 64}
+    assert written["disturbance"] == footnote(measured())
 
 
 def test_prompts_are_seeded_and_fit_the_model(plan):
-    long = Plan(resolve("tiny"), CONTENDERS, (1,), (10**6,))
+    long = Plan(resolve("tiny"), BACKEND_NAMES, (1,), (10**6,))
     limit = load_model("tiny").config.max_position_embeddings
     (prompt,) = (task["prompt"] for task in long.tasks.values() if "prompt" in task)
     assert 0 < len(prompt) < limit
-    assert plan.tasks == Plan(resolve("tiny"), CONTENDERS, (1, 8), (64,)).tasks
+    assert plan.tasks == Plan(resolve("tiny"), BACKEND_NAMES, (1, 8), (64,)).tasks
 
 
-def test_a_plan_names_the_type_that_llama_cpp_gets(monkeypatch):
+def test_a_plan_selects_the_gguf_type_for_llama_cpp(monkeypatch):
     monkeypatch.setattr("llama32.bench.plan.find_spec", lambda name: True)
     both = [PeerName.transformers, PeerName.llama_cpp]
-    plan = plan_for(Path(), [Form.int8, Form.plain], both)
-    assert plan.contenders == [
+    plan = make_plan(Path(), [WeightFormat.int8, WeightFormat.plain], both)
+    assert plan.backends == [
         ("llama32", "int8"),
         ("llama32", "plain"),
         ("transformers", "as stored"),
         ("llama.cpp", "Q8_0"),
     ]
-    assert plan_for(Path(), [Form.optimized], both).contenders[-1] == ("llama.cpp", "BF16")
-    assert {name for name, _ in plan.contenders} == KINDS.keys()
+    assert make_plan(Path(), [WeightFormat.optimized], both).backends[-1] == ("llama.cpp", "BF16")
+    assert {name for name, _ in plan.backends} == BACKENDS.keys()
 
 
-def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+def test_an_error_names_a_peer_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("llama32.bench.plan.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--peer llama.cpp: not installed; pip install"):
-        plan_for(Path(), [Form.plain], [PeerName.llama_cpp])
+        make_plan(Path(), [WeightFormat.plain], [PeerName.llama_cpp])
 
 
-def test_a_step_is_the_median_of_those_that_count(monkeypatch):
+def test_the_median_step_excludes_the_warm_up(monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])
     timer = SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr("llama32.bench.contenders.time", timer)
+    monkeypatch.setattr("llama32.bench.backends.time", timer)
     steps = []
     assert median_step(lambda: steps.append(1), 3) == 2
     assert len(steps) == 3 + 3
 
 
-@pytest.mark.parametrize("form", ["plain", "optimized", "int8", "int4"])
-def test_our_forms_decode_and_read(form):
-    ours = Ours(resolve("tiny"), form)
-    ours.first_token()
-    assert ours.prefill([1, 2, 3]) > 0
-    assert ours.decode([[1, 2, 3], [4, 5, 6]], 2) > 0
+@pytest.mark.parametrize("weight_format", ["plain", "optimized", "int8", "int4"])
+def test_every_weight_format_decodes_and_prefills(weight_format):
+    backend = Llama32Backend(resolve("tiny"), weight_format)
+    backend.first_token()
+    assert backend.prefill([1, 2, 3]) > 0
+    assert backend.decode([[1, 2, 3], [4, 5, 6]], 2) > 0
     plain = sum(weight.nbytes for weight in load_model("tiny").parameters())
-    share = {"plain": 1, "optimized": 1, "int8": 0.5, "int4": 0.5}[form]
-    assert 0.3 * share * plain < ours.nbytes <= share * plain * 1.1
+    share = {"plain": 1, "optimized": 1, "int8": 0.5, "int4": 0.5}[weight_format]
+    assert 0.3 * share * plain < backend.nbytes <= share * plain * 1.1
 
 
-def test_transformers_goes_on_as_our_loop_does():
+def test_transformers_decodes_the_tokens_of_our_loop():
     folder = resolve("tiny")
-    peer = Transformers(folder, "float32")
+    peer = TransformersBackend(folder, "float32")
     prompt = [1, 300, 17, 25]
     greedy = Sampling(temperature=0, max_new_tokens=6, ignore_eos=True)
-    wanted = [t.id for t in generate(load_model(folder, dtype=torch.float32), prompt, greedy)]
-    seen = []
+    expected = [t.id for t in generate(load_model(folder, dtype=torch.float32), prompt, greedy)]
+    calls = []
     forward = peer.model.forward
-    peer.model.forward = lambda ids, **of: seen.append(ids.view(-1).tolist()) or forward(ids, **of)
-    steps = peer.steps([prompt])
+    peer.model.forward = lambda ids, **options: (
+        calls.append(ids.view(-1).tolist()) or forward(ids, **options)
+    )
+    steps = peer.decode_steps([prompt])
     for _ in range(5):
         next(steps)
-    assert [prompt, *([token] for token in wanted[:5])] == seen
+    assert [prompt, *([token] for token in expected[:5])] == calls
 
 
-def test_a_worker_answers_and_is_ended_whatever_comes(monkeypatch):
-    told = []
-    plan = Plan(resolve("tiny"), [("llama32", "plain")], (1,), (8,), 1, told.append)
-    monkeypatch.setattr(module, "READ_BYTES", 1 << 20)
+def test_a_plan_is_measured_and_the_workers_end(monkeypatch):
+    lines = []
+    plan = Plan(resolve("tiny"), [("llama32", "plain")], (1,), (8,), 1, lines.append)
+    monkeypatch.setattr(bench_run, "READ_BYTES", 1 << 20)
     started = []
-    monkeypatch.setattr(module, "Worker", lambda *of: started.append(Worker(*of)) or started[-1])
-    found = measure(plan)
-    assert told == ["loading llama32, plain", "decode, batch 1", "prefill, 8"]
-    assert found.loading["llama32, plain"]["first"] > found.loading["llama32, plain"]["load"] > 0
-    assert found.peaks["llama32, plain"] > 10**8
-    assert found.bandwidth > 0
+    monkeypatch.setattr(
+        bench_run, "Worker", lambda *args: started.append(Worker(*args)) or started[-1]
+    )
+    results = measure(plan)
+    assert lines == ["loading llama32, plain", "decode, batch 1", "prefill, 8"]
+    assert (
+        results.loading["llama32, plain"]["first"] > results.loading["llama32, plain"]["load"] > 0
+    )
+    assert results.peaks["llama32, plain"] > 10**8
+    assert results.bandwidth > 0
     assert started[0].process.returncode == 0
 
 
-def test_a_worker_that_fails_is_reported():
-    with pytest.raises(ValueError, match="the process of llama32, int3 ended with 1"):
+def test_a_failed_worker_raises_an_error():
+    with pytest.raises(ValueError, match="the process of llama32, int3 ended with exit code 1"):
         Worker("llama32", "int3", resolve("tiny"))
 
 
 def test_the_command_prints_tables_or_json(monkeypatch):
-    monkeypatch.setattr("llama32.bench.command.measure", lambda plan: measured())
+    monkeypatch.setattr("llama32.cli.bench.measure", lambda plan: measured())
     shown = run_command("bench", "--peer", "transformers", "--prompt", "64")
     assert "llama32, optimized" in shown.stdout
     assert "128.0" in shown.stdout
-    (found,) = json_of(run_command("bench", "--json", "--prompt", "64"))
-    assert found["model"] == "tiny"
+    (printed,) = json_of(run_command("bench", "--json", "--prompt", "64"))
+    assert printed["model"] == "tiny"
 
 
-def test_all_prompts_are_decoded_at_once():
-    engine = Ours(resolve("tiny"), "plain").decoding([[1, 2, 3 + i] for i in range(9)], 2)
+def test_all_prompts_are_decoded_in_one_batch():
+    engine = Llama32Backend(resolve("tiny"), "plain").start_decoding(
+        [[1, 2, 3 + i] for i in range(9)], 2
+    )
     assert engine.stats.running == 9

@@ -11,7 +11,7 @@ import pytest
 from llama32.engine.engine import Engine, Stats
 from llama32.engine.request import Request
 from llama32.generate import Token
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.engine.fakes import (
     CONTEXT,
     VOCABULARY,
@@ -26,24 +26,24 @@ SEEDS = count()
 
 
 def add(engine: Engine, length: int = 10, new: int = 8, **options) -> Request:
-    """A prompt of its own."""
+    """Add a request with a new prompt."""
     return engine.add(make_prompt(length, next(SEEDS)), Sampling(max_new_tokens=new), **options)
 
 
 def says(request: Request) -> list[int]:
-    """What it should have said by now, or in the end."""
+    """Return the expected output so far."""
     return answer([*request.prompt], len(request.output))
 
 
 def check_complete(*requests: Request) -> None:
     for request in requests:
         assert request.finish_reason == "length"
-        assert request.length == request.longest
+        assert request.length == request.max_length
         assert request.output == says(request)
 
 
 def state(engine: Engine) -> tuple:
-    """All that a step moves on."""
+    """Return everything that a step changes."""
     requests = [*engine.scheduler.running, *engine.scheduler.waiting]
     each = [
         (request, [*request.output], [*request.tokens], request.num_computed, request.error)
@@ -52,7 +52,7 @@ def state(engine: Engine) -> tuple:
     return each, engine.stats
 
 
-# What is asked for.
+# Arguments.
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,11 @@ def state(engine: Engine) -> tuple:
         ([3, VOCABULARY], Sampling(), r"prompt: token id 256 is outside the vocabulary of 256"),
         ([-1, 3], Sampling(), r"prompt: token id -1 is outside"),
         ([3] * CONTEXT, Sampling(), r"its 1024 tokens leave no room .* context of 1024"),
-        ([3], Sampling(logit_bias={5: 1, 256: 1}), r"logit_bias: token 256, of 256 in all"),
+        (
+            [3],
+            Sampling(logit_bias={5: 1, 256: 1}),
+            r"logit_bias: token id 256 is outside the vocabulary of 256",
+        ),
         (
             [3] * 200,
             Sampling(max_new_tokens=57),
@@ -238,7 +242,7 @@ def test_it_is_busy_as_long_as_a_request_has_not_ended():
 def test_a_step_tells_whom_it_gave_a_token_or_an_end():
     engine, runner = make_engine(prefill_tokens=64)
     short, long, broken = add(engine, 10, new=3), add(engine, 129, new=2), add(engine, 1)
-    runner.is_finite = lambda request, said: request is not broken
+    runner.is_finite = lambda request, num_output: request is not broken
     assert engine.step() == [short, broken]
     assert engine.step() == [short]
     assert engine.step() == [short, long]
@@ -246,20 +250,20 @@ def test_a_step_tells_whom_it_gave_a_token_or_an_end():
     assert engine.step() == []
 
 
-# What is told.
+# User callbacks are called.
 
 
 def test_on_token_is_told_every_token_in_order():
     engine, _ = make_engine()
-    told: dict[Request, list[Token]] = {}
+    received: dict[Request, list[Token]] = {}
     requests = []
     for new in (1, 5, 9):
         tokens: list[Token] = []
         requests.append(add(engine, new=new, on_token=tokens.append))
-        told[requests[-1]] = tokens
+        received[requests[-1]] = tokens
     while engine.is_busy:
         engine.step()
-        assert all(told[request] == request.tokens for request in requests)
+        assert all(received[request] == request.tokens for request in requests)
     check_complete(*requests)
 
 
@@ -290,35 +294,35 @@ def test_when_a_token_is_told_all_requests_have_theirs():
 )
 def test_on_prefill_is_told_after_each_chunk_and_once_at_the_end(length, reports):
     engine, _ = make_engine(prefill_tokens=64)
-    told = []
-    request = add(engine, length, on_prefill=lambda *report: told.append(report))
+    received = []
+    request = add(engine, length, on_prefill=lambda *report: received.append(report))
     while engine.is_busy:
         engine.step()
-        assert len(told) == min(engine.stats.steps, len(reports))
-    assert told == [(done, length) for done in reports]
+        assert len(received) == min(engine.stats.steps, len(reports))
+    assert received == [(done, length) for done in reports]
     check_complete(request)
 
 
 def test_what_was_found_in_the_cache_is_not_reported_as_read():
     engine, _ = make_engine(prefill_tokens=64)
-    told = []
+    received = []
     prompt = make_prompt(300)
     for _ in range(2):
         engine.add(
-            prompt, Sampling(max_new_tokens=1), on_prefill=lambda *report: told.append(report)
+            prompt, Sampling(max_new_tokens=1), on_prefill=lambda *report: received.append(report)
         )
         run_to_the_end(engine)
-    assert [done for done, _ in told] == [64, 128, 192, 256, 300, 300]
+    assert [done for done, _ in received] == [64, 128, 192, 256, 300, 300]
 
 
-# What callbacks do.
+# User callbacks raise, abort and add.
 
 
 def raising(error: BaseException, at: int) -> Callable:
-    """It raises when it is called for the `at`-th time, and must not be called again."""
+    """Return a callback that raises on call number `at` and must not be called again."""
     calls = count(1)
 
-    def callback(*told: object) -> None:
+    def callback(*received: object) -> None:
         n = next(calls)
         assert n <= at
         if n == at:
@@ -384,6 +388,33 @@ def test_what_one_began_to_read_is_read_to_the_end_by_who_waited_for_it():
     check_complete(second)
 
 
+class RefusingMatcher:
+    """Accepts a number of tokens, then raises, like a grammar that becomes too large."""
+
+    is_finished = False
+
+    def __init__(self, num_accepted: int) -> None:
+        self.num_accepted = num_accepted
+
+    def push(self, token: int) -> None:
+        if not self.num_accepted:
+            raise ValueError("too large")
+        self.num_accepted -= 1
+
+
+@pytest.mark.parametrize("num_accepted", [0, 2])
+def test_a_token_that_the_matcher_refuses_is_not_delivered(num_accepted):
+    engine, _ = make_engine()
+    received: list[Token] = []
+    matcher = RefusingMatcher(num_accepted)
+    request, other = add(engine, matcher=matcher, on_token=received.append), add(engine)
+    run_to_the_end(engine)
+    assert (request.finish_reason, str(request.error)) == ("error", "too large")
+    assert received == request.tokens
+    assert len(received) == num_accepted
+    check_complete(other)
+
+
 def test_an_interrupt_in_a_callback_comes_out_and_all_is_in_order():
     engine, _ = make_engine()
     requests = [add(engine, on_token=raising(KeyboardInterrupt(), 2))]
@@ -436,17 +467,17 @@ def test_a_callback_can_abort_any_other_request(victim):
 
 def test_a_callback_can_abort_while_a_prompt_is_read():
     engine, _ = make_engine(prefill_tokens=64)
-    told = []
+    received = []
 
     def abort(*report: int) -> None:
-        told.append(report)
-        if len(told) == 2:
+        received.append(report)
+        if len(received) == 2:
             engine.abort(request)
 
     request = add(engine, 300, on_prefill=abort)
     other = add(engine, 100)
     run_to_the_end(engine)
-    assert told == [(64, 300), (128, 300)]
+    assert received == [(64, 300), (128, 300)]
     assert (request.finish_reason, request.output) == ("abort", [])
     check_complete(other)
 
@@ -465,40 +496,40 @@ def test_a_callback_can_add_requests():
     check_complete(*requests)
 
 
-# What the model does.
+# Errors of the model.
 
 
-@pytest.mark.parametrize("said", [0, 1, 4])
-def test_a_row_that_is_not_finite_ends_its_own_request_alone(said):
+@pytest.mark.parametrize("num_output", [0, 1, 4])
+def test_a_row_that_is_not_finite_ends_its_own_request_alone(num_output):
     engine, runner = make_engine()
-    told = []
+    received = []
     others = [add(engine, 100)]
-    request = add(engine, 100, on_token=told.append)
+    request = add(engine, 100, on_token=received.append)
     others += [add(engine, 100), add(engine)]
-    runner.is_finite = lambda one, n: one is not request or n < said
+    runner.is_finite = lambda candidate, n: candidate is not request or n < num_output
     while request.finish_reason is None:
         engine.step()
     assert request.finish_reason == "error"
     assert isinstance(request.error, FloatingPointError)
     assert request.pages == []
-    assert told == request.tokens
-    assert len(told) == said
+    assert received == request.tokens
+    assert len(received) == num_output
     assert request.output == says(request)
-    assert all(len(other.output) == said + 1 for other in others)
+    assert all(len(other.output) == num_output + 1 for other in others)
     run_to_the_end(engine)
     check_complete(*others)
-    assert engine.stats.generated == 3 * 8 + said
+    assert engine.stats.generated == 3 * 8 + num_output
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_a_step_that_fails_leaves_all_as_it_was_and_can_be_done_again(after):
     engine, runner = make_engine(prefill_tokens=64, max_running=4)
-    told = []
-    requests = [add(engine, length, on_token=told.append) for length in (5, 100, 1, 200, 7, 64)]
+    received = []
+    requests = [add(engine, length, on_token=received.append) for length in (5, 100, 1, 200, 7, 64)]
     for _ in range(after):
         engine.step()
-    engine.scheduler.plan()  # who is next is decided already
-    before, told_before = state(engine), [*told]
+    engine.scheduler.schedule()  # who is next is decided already
+    before, received_before = state(engine), [*received]
     error = RuntimeError("out of memory")
     for _ in range(3):
         runner.errors.append(error)
@@ -506,7 +537,7 @@ def test_a_step_that_fails_leaves_all_as_it_was_and_can_be_done_again(after):
             engine.step()
         assert caught.value is error
         assert state(engine) == before
-        assert told == told_before
+        assert received == received_before
     run_to_the_end(engine)
     check_complete(*requests)
     assert engine.stats.steps == runner.num_steps
@@ -540,7 +571,7 @@ def test_after_fail_new_requests_run():
     assert request.num_cached == 64
 
 
-# Ends that come from outside.
+# Abort, fail and close.
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
@@ -588,12 +619,12 @@ def test_close_ends_all_and_frees_all():
     engine.step()
     requests = [add(engine, 100) for _ in range(4)]
     engine.step()
-    assert engine.stats.pages_idle
+    assert engine.stats.pages_evictable
     engine.close()
     assert not engine.is_busy
     assert [request.finish_reason for request in requests] == ["abort"] * 4
     assert [len(request.tokens) for request in requests] == [1, 1, 0, 0]
-    assert (engine.stats.pages_held, engine.stats.pages_idle) == (0, 0)
+    assert (engine.stats.pages_held, engine.stats.pages_evictable) == (0, 0)
     check_complete(ended)
 
 
@@ -660,10 +691,10 @@ def test_leaving_a_stream_early_aborts_it():
     request, other = add(engine, 100), add(engine, 100)
     stream = engine.stream(request)
     assert next(stream) == request.tokens[0]
-    held = engine.stats.pages_held
+    before = engine.stats.pages_held
     stream.close()
     assert request.finish_reason == "abort"
-    assert engine.stats.pages_held == held - 2
+    assert engine.stats.pages_held == before - 2
     run_to_the_end(engine)
     assert len(request.tokens) == 1
     check_complete(other)
@@ -684,7 +715,7 @@ def test_a_stream_ends_where_another_aborts_it():
 def test_a_stream_raises_what_ended_it_after_the_tokens_before():
     engine, runner = make_engine()
     request = add(engine)
-    runner.is_finite = lambda one, said: said < 3
+    runner.is_finite = lambda candidate, num_output: num_output < 3
     seen = []
     with pytest.raises(FloatingPointError) as caught:
         seen.extend(engine.stream(request))
@@ -745,7 +776,7 @@ def test_who_waits_while_another_steps_does_not_step_once_more():
 
 
 def together(*tasks: Callable[[], object]) -> None:
-    """Each in a thread of its own, all at once; raises what one of them raises."""
+    """Run each task in a new thread, all at once; raise the error of any task."""
     errors = []
     barrier = Barrier(len(tasks))
 
@@ -794,7 +825,7 @@ def test_threads_may_abort_what_others_listen_to():
     heard: dict[Request, list[Token]] = {}
 
     def abort(_: Token) -> None:
-        """In the thread that happens to step, before it can end by itself."""
+        """Abort in the thread that runs the step, before the requests can end."""
         for request in requests[::2]:
             if len(request.output) >= 5:
                 engine.abort(request)
@@ -813,7 +844,7 @@ def test_threads_may_abort_what_others_listen_to():
     assert engine.stats.pages_held == 0
 
 
-# What it remembers and counts.
+# Prefix cache and counters.
 
 
 FRESH = Stats(
@@ -827,7 +858,7 @@ FRESH = Stats(
     running=0,
     waiting=0,
     pages_held=0,
-    pages_idle=0,
+    pages_evictable=0,
     pages=32,
 )
 
@@ -838,7 +869,13 @@ def test_a_new_engine_has_done_nothing():
     assert engine.stats.hit_rate == 0
 
 
-def test_what_is_held_now_is_counted():
+def test_the_old_name_of_evictable_pages_warns():
+    stats = replace(FRESH, pages_evictable=3)
+    with pytest.warns(DeprecationWarning, match="use Stats.pages_evictable"):
+        assert stats.pages_idle == 3
+
+
+def test_pages_and_requests_in_use_are_counted():
     engine, _ = make_engine(max_running=2, prefill_tokens=64)
     for _ in range(5):
         add(engine, 100)
@@ -858,7 +895,7 @@ def test_what_was_done_is_counted():
         engine.add(prompt, Sampling(max_new_tokens=3))
         run_to_the_end(engine)
     assert engine.stats == replace(
-        FRESH, steps=6, prompt_computed=132, prompt_cached=128, generated=6, pages_idle=2
+        FRESH, steps=6, prompt_computed=132, prompt_cached=128, generated=6, pages_evictable=2
     )
     assert engine.stats.hit_rate == 128 / 260
 
@@ -888,24 +925,24 @@ def test_a_request_knows_how_much_of_its_prompt_was_in_the_cache():
 
 
 def ask_again(engine: Engine, request: Request) -> int:
-    """How much of the prompt of an earlier request is still known."""
+    """Return how many prompt tokens of an earlier request are still cached."""
     again = engine.add(request.prompt, Sampling(max_new_tokens=3))
     run_to_the_end(engine)
     check_complete(again)
     return again.num_cached
 
 
-def test_what_a_model_read_before_it_was_changed_is_forgotten_when_the_engine_is_idle():
+def test_prefixes_of_an_earlier_model_are_cleared_when_no_request_runs():
     engine, runner = make_engine()
     first = add(engine, 200)
     run_to_the_end(engine)
     assert ask_again(engine, first) == 192
-    assert runner.num_forgets == 0
+    assert runner.num_resets == 0
     runner.weights = 1
     assert ask_again(engine, first) == 0
-    assert runner.num_forgets == 1
+    assert runner.num_resets == 1
     assert ask_again(engine, first) == 192
-    assert runner.num_forgets == 1
+    assert runner.num_resets == 1
 
 
 def test_a_change_of_the_model_is_not_looked_for_while_the_engine_is_busy():
@@ -915,26 +952,26 @@ def test_a_change_of_the_model_is_not_looked_for_while_the_engine_is_busy():
     runner.weights = 1
     second = engine.add(first.prompt, Sampling(max_new_tokens=30))
     run_to_the_end(engine)
-    assert runner.num_forgets == 0
+    assert runner.num_resets == 0
     assert second.num_cached == 192
     check_complete(first, second)
     assert ask_again(engine, first) == 0
-    assert runner.num_forgets == 1
+    assert runner.num_resets == 1
 
 
-def test_prefixes_can_be_forgotten():
+def test_prefixes_can_be_cleared():
     engine, _ = make_engine()
     first = add(engine, 200)
     run_to_the_end(engine)
-    assert engine.stats.pages_idle == 3
+    assert engine.stats.pages_evictable == 3
     engine.forget_prefixes()
-    assert engine.stats.pages_idle == 0
+    assert engine.stats.pages_evictable == 0
     assert ask_again(engine, first) == 0
     assert ask_again(engine, first) == 192
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_prefixes_can_be_forgotten_while_requests_run(steps):
+def test_prefixes_can_be_cleared_while_requests_run(steps):
     engine, _ = make_engine(prefill_tokens=64)
     first, second = add(engine, 100), add(engine, 200)
     same = engine.add(first.prompt, Sampling(max_new_tokens=6))
@@ -946,19 +983,19 @@ def test_prefixes_can_be_forgotten_while_requests_run(steps):
     assert engine.scheduler._pending == {}
 
 
-def test_a_view_tells_who_holds_which_pages_and_which_are_remembered():
+def test_a_snapshot_has_the_pages_of_running_requests_and_the_evictable_pages():
     engine, _ = make_engine(max_running=2)
     first, _, _ = requests = [add(engine, 200, new=90), add(engine, 70), add(engine, 30)]
     engine.step()
-    seen = engine.view()
+    seen = engine.snapshot()
     assert (seen.num_pages, seen.page_size, seen.num_waiting) == (32, 64, 1)
-    assert [request for request, _ in seen.held] == requests[:2]
-    assert [[*pages] for _, pages in seen.held] == [request.pages for request in requests[:2]]
-    assert seen.idle == []
+    assert [request for request, _ in seen.running] == requests[:2]
+    assert [[*pages] for _, pages in seen.running] == [request.pages for request in requests[:2]]
+    assert seen.evictable == []
     run_to_the_end(engine)
-    assert seen.held[0][1]  # a view does not change
+    assert seen.running[0][1]  # a snapshot does not change
     assert first.pages == []
-    seen = engine.view()
-    assert (seen.held, seen.num_waiting) == ([], 0)
-    assert len(seen.idle) == engine.stats.pages_idle == 4
-    assert seen.idle == sorted(seen.idle)
+    seen = engine.snapshot()
+    assert (seen.running, seen.num_waiting) == ([], 0)
+    assert len(seen.evictable) == engine.stats.pages_evictable == 4
+    assert seen.evictable == sorted(seen.evictable)

@@ -4,7 +4,7 @@ from llama32.engine.request import Request
 
 
 def make_request(prompt=(10, 11, 12), output=(20, 21, 22), **options) -> Request:
-    return Request(prompt=list(prompt), longest=20, output=list(output), **options)
+    return Request(prompt=list(prompt), max_length=20, output=list(output), **options)
 
 
 @pytest.mark.parametrize("start", range(7))
@@ -54,12 +54,12 @@ def test_the_length_grows_with_the_output():
 
 
 def test_all_prompt_tokens_but_the_last_are_prefill():
-    assert make_request().num_prefill == 2
-    assert make_request(prompt=(10,)).num_prefill == 0
+    assert make_request().num_prefill_tokens == 2
+    assert make_request(prompt=(10,)).num_prefill_tokens == 0
 
 
 def test_a_new_request_has_done_nothing_and_shares_nothing():
-    request, other = (Request(prompt=[1], longest=2) for _ in range(2))
+    request, other = (Request(prompt=[1], max_length=2) for _ in range(2))
     assert (request.num_computed, request.num_cached, request.num_preemptions) == (0, 0, 0)
     assert request.finish_reason is None
     assert request.error is None

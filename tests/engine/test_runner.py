@@ -13,23 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama32.adapt.packed import TiledLinear
-from llama32.batch import Batch
+from llama32.cache.batch import Batch
+from llama32.cache.paged_attention import QUERY_TILE
 from llama32.engine import runner as runners
-from llama32.engine.drawing import Drawn
+from llama32.engine.batch_invariance import CallPlanner, padded_to
 from llama32.engine.engine import Engine
 from llama32.engine.request import Request
-from llama32.engine.rows import Rows, fixed
-from llama32.engine.runner import Runner, decoding, graph_rows, to_span
-from llama32.engine.scheduler import Step, Work
+from llama32.engine.runner import Runner, decode_mode, graph_sizes, to_span
+from llama32.engine.scheduler import Chunk, ScheduledStep
 from llama32.engine.settings import EngineSettings
+from llama32.engine.token_sampling import SampledToken
+from llama32.kernels.packed_linear import TiledLinear
 from llama32.model import Llama
-from llama32.paged import QUERY_BLOCK
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.checkpoints import random_model, tiny_config
+from tests.closeness import assert_near
 
 ROOT = Path(__file__).parents[2]
-ROUNDED = {"atol": 5e-5, "rtol": 0}  # logits are of the order of 4
+ROUNDED = {"within": 1e-5}
 VOCABULARY = 160
 C = 64  # slots of a page
 NUM_PAGES = 24
@@ -43,30 +44,33 @@ def model() -> Llama:
 
 @pytest.fixture
 def own_model() -> Llama:
-    """One to change."""
+    """A model that the test may change."""
     return random_model(tiny_config())
 
 
 def make_runner(model: Llama, form: str = "plain") -> Runner:
-    """In as many rows as there are tokens, in more, in several calls, or by fixed shapes."""
+    """Return a runner without padding, with padding, with split calls or with fixed shapes."""
     settings = EngineSettings(cache_tokens=C * NUM_PAGES, deterministic=False)
     runner = Runner(model, settings)
     if form == "padded":
-        runner.prompt_rows, runner.decode_rows = fixed([512]), fixed([8])
+        runner.prefill_planner, runner.decode_planner = padded_to([512]), padded_to([8])
     elif form == "split":
-        runner.prompt_rows, runner.decode_rows = Rows(lambda n: [], C), Rows(lambda n: [], 2)
+        runner.prefill_planner, runner.decode_planner = (
+            CallPlanner(lambda n: [], C),
+            CallPlanner(lambda n: [], 2),
+        )
     elif form == "static":
-        runner._is_static = True
-        runner.decode_rows = fixed(graph_rows(64))
+        runner._has_static_shapes = True
+        runner.decode_planner = padded_to(graph_sizes(64))
     return runner
 
 
 def make_request(length: int, pages: Sequence[int], seed: int = 0, output=()) -> Request:
-    """Greedy, and told of all logprobs."""
+    """Return a greedy request with all log-probabilities."""
     r = random.Random(seed)
     return Request(
         prompt=[r.randrange(VOCABULARY) for _ in range(length)],
-        longest=2000,
+        max_length=2000,
         sampling=Sampling(temperature=0, logprobs=VOCABULARY),
         pages=list(pages),
         output=list(output),
@@ -74,44 +78,47 @@ def make_request(length: int, pages: Sequence[int], seed: int = 0, output=()) ->
 
 
 def several() -> list[Request]:
-    """Around the borders of pages, which are in a row or scattered."""
+    """Return requests at page borders, with consecutive and with scattered pages."""
     where = [[7, 2, 5, 9], [0], [11, 12], [3], [20, 14]]
     lengths = [200, 1, 64, 30, 65]
-    return [make_request(*one, seed) for seed, one in enumerate(zip(lengths, where, strict=True))]
+    return [
+        make_request(*arguments, seed)
+        for seed, arguments in enumerate(zip(lengths, where, strict=True))
+    ]
 
 
-def whole(request: Request) -> Step:
-    """From the beginning to its next token."""
-    prompt = [Work(request, 0, request.num_prefill)] if request.num_prefill else []
-    return Step(prompt, [Work(request, request.num_prefill, request.length)])
+def whole(request: Request) -> ScheduledStep:
+    """Return a step from the start to the next token of a request."""
+    prompt = [Chunk(request, 0, request.num_prefill_tokens)] if request.num_prefill_tokens else []
+    return ScheduledStep(prompt, [Chunk(request, request.num_prefill_tokens, request.length)])
 
 
-def together(steps: Sequence[Step]) -> Step:
-    return Step(
-        [work for step in steps for work in step.prefill],
-        [work for step in steps for work in step.decode],
+def together(steps: Sequence[ScheduledStep]) -> ScheduledStep:
+    return ScheduledStep(
+        [chunk for step in steps for chunk in step.prefill],
+        [chunk for step in steps for chunk in step.decode],
     )
 
 
-def begin(runner: Runner, requests: Sequence[Request]) -> list[Drawn]:
-    """All prompts, and the first token of each."""
+def begin(runner: Runner, requests: Sequence[Request]) -> list[SampledToken]:
+    """Run all prompts; return the first token of each request."""
     return keep(runner.run(together([whole(request) for request in requests])))
 
 
-def go_on(runner: Runner, requests: Sequence[Request]) -> list[Drawn]:
-    """The next token of each."""
-    works = [Work(request, request.length - 1, request.length) for request in requests]
-    return keep(runner.run(Step([], works)))
+def go_on(runner: Runner, requests: Sequence[Request]) -> list[SampledToken]:
+    """Return the next token of each request."""
+    chunks = [Chunk(request, request.length - 1, request.length) for request in requests]
+    return keep(runner.run(ScheduledStep([], chunks)))
 
 
-def keep(drawn: list[Drawn]) -> list[Drawn]:
-    for one in drawn:
-        one.request.output.append(one.id)
-    return drawn
+def keep(tokens: list[SampledToken]) -> list[SampledToken]:
+    for sampled in tokens:
+        sampled.request.output.append(sampled.id)
+    return tokens
 
 
-def logprobs(drawn: Drawn) -> Tensor:
-    return torch.tensor([drawn.logprobs.top[id] for id in range(VOCABULARY)])
+def logprobs(sampled: SampledToken) -> Tensor:
+    return torch.tensor([sampled.logprobs.top[id] for id in range(VOCABULARY)])
 
 
 @torch.no_grad()
@@ -119,21 +126,21 @@ def uncached(model: Llama, request: Request, length: int) -> Tensor:
     return model(torch.tensor(request.ids(0, length)))[-1].log_softmax(-1)
 
 
-def check(drawn: list[Drawn], model: Llama) -> None:
-    """What was drawn last of each is what the model says without a cache."""
-    for one in drawn:
-        expected = uncached(model, one.request, one.request.length - 1)
-        torch.testing.assert_close(logprobs(one), expected, **ROUNDED)
-        assert one.id == expected.argmax()
-        assert one.error is None
+def check(tokens: list[SampledToken], model: Llama) -> None:
+    """Check the last token of each request against the model without a cache."""
+    for sampled in tokens:
+        expected = uncached(model, sampled.request, sampled.request.length - 1)
+        assert_near(logprobs(sampled), expected, **ROUNDED)
+        assert sampled.id == expected.argmax()
+        assert sampled.error is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_and_decoding_give_the_logits_of_the_uncached_model(model, form):
     runner, requests = make_runner(model, form), several()
-    drawn = begin(runner, requests)
-    assert [one.request for one in drawn] == requests
-    check(drawn, model)
+    tokens = begin(runner, requests)
+    assert [sampled.request for sampled in tokens] == requests
+    check(tokens, model)
     for _ in range(3):
         check(go_on(runner, requests), model)
 
@@ -143,24 +150,26 @@ def test_prompts_are_read_while_others_are_decoded(model, form):
     runner, requests = make_runner(model, form), several()
     old, new = requests[1:], requests[0]
     begin(runner, old)
-    works = [Work(request, request.length - 1, request.length) for request in old]
-    assert [one.request for one in keep(runner.run(Step([Work(new, 0, 128)], works)))] == old
-    works = [Work(request, request.length - 1, request.length) for request in (*old, new)]
-    drawn = keep(runner.run(Step([Work(new, 128, new.num_prefill)], works)))
-    assert [one.request for one in drawn] == [*old, new]
-    check(drawn, model)
+    chunks = [Chunk(request, request.length - 1, request.length) for request in old]
+    assert [
+        sampled.request for sampled in keep(runner.run(ScheduledStep([Chunk(new, 0, 128)], chunks)))
+    ] == old
+    chunks = [Chunk(request, request.length - 1, request.length) for request in (*old, new)]
+    tokens = keep(runner.run(ScheduledStep([Chunk(new, 128, new.num_prefill_tokens)], chunks)))
+    assert [sampled.request for sampled in tokens] == [*old, new]
+    check(tokens, model)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_who_only_reads_its_prompt_gets_no_token(model, form):
     runner, (request, *_) = make_runner(model, form), several()
-    assert runner.run(Step([Work(request, 0, 64)], [])) == []
-    assert runner.run(Step([Work(request, 64, request.num_prefill)], [])) == []
+    assert runner.run(ScheduledStep([Chunk(request, 0, 64)], [])) == []
+    assert runner.run(ScheduledStep([Chunk(request, 64, request.num_prefill_tokens)], [])) == []
     check(go_on(runner, [request]), model)
 
 
 def test_an_empty_step_gives_nothing(model):
-    assert make_runner(model).run(Step([], [])) == []
+    assert make_runner(model).run(ScheduledStep([], [])) == []
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,58 +180,62 @@ def test_the_rows_of_a_replay_are_the_tokens_one_by_one(model, form):
     for _ in range(5):
         go_on(runner, [first, other])
     again = make_request(62, [16, 10], output=first.output)
-    drawn = keep(runner.run(together([whole(other), whole(again)])))
-    assert [one.request for one in drawn] == [other, again]
-    check(drawn, model)
+    tokens = keep(runner.run(together([whole(other), whole(again)])))
+    assert [sampled.request for sampled in tokens] == [other, again]
+    check(tokens, model)
     for pool in (runner.cache.keys, runner.cache.values):
-        before, after = (pool[:, one.pages].flatten(1, 2)[:, :67] for one in (first, again))
-        torch.testing.assert_close(after, before, **ROUNDED)
+        before, after = (pool[:, request.pages].flatten(1, 2)[:, :67] for request in (first, again))
+        assert_near(after, before, **ROUNDED)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_replay_gets_its_token_with_the_last_of_its_rows(model, form):
     runner = make_runner(model, form)
     request = make_request(30, [2], output=[5, 6, 7, 8])
-    assert runner.run(Step([Work(request, 0, 29)], [Work(request, 29, 32)])) == []
-    drawn = keep(runner.run(Step([], [Work(request, 32, 34)])))
-    assert [one.request for one in drawn] == [request]
-    check(drawn, model)
+    assert runner.run(ScheduledStep([Chunk(request, 0, 29)], [Chunk(request, 29, 32)])) == []
+    tokens = keep(runner.run(ScheduledStep([], [Chunk(request, 32, 34)])))
+    assert [sampled.request for sampled in tokens] == [request]
+    check(tokens, model)
 
 
-def with_drafts(runner: Runner, drafts: Sequence[tuple[Request, Sequence[int]]]) -> list[Drawn]:
-    """The next tokens of each, with these drafts."""
-    works = []
-    for request, its in drafts:
-        request.drafts = its
-        works.append(Work(request, request.length - 1, request.length + len(its)))
-    drawn = runner.run(Step([], works))
+def with_drafts(
+    runner: Runner, drafts: Sequence[tuple[Request, Sequence[int]]]
+) -> list[SampledToken]:
+    """Return the next tokens of each request with its drafts."""
+    chunks = []
+    for request, tokens in drafts:
+        request.drafts = tokens
+        chunks.append(Chunk(request, request.length - 1, request.length + len(tokens)))
+    sampled = runner.run(ScheduledStep([], chunks))
     for request, _ in drafts:
         request.drafts = ()
-    return drawn
+    return sampled
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("right", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
 def test_drafts_give_tokens_up_to_the_first_that_is_wrong_and_the_right_one_for_it(
-    model, form, right
+    model, form, num_right
 ):
-    runner, (one, two, *others) = make_runner(model, form), several()
-    begin(runner, [one, two, *others])
-    expected = [*one.output], []
+    runner, (first, second, *others) = make_runner(model, form), several()
+    begin(runner, [first, second, *others])
+    expected = [*first.output], []
     for _ in range(4):
-        (drawn,) = go_on(runner, [one])
-        expected[1].append((drawn.id, drawn.logprobs))
-    one.output = expected[0]
+        (sampled,) = go_on(runner, [first])
+        expected[1].append((sampled.id, sampled.logprobs))
+    first.output = expected[0]
     ids = [id for id, _ in expected[1]]
-    drafts = [*ids[:right], *[(id + 1) % VOCABULARY for id in ids[right:3]]]
-    drawn = with_drafts(runner, [(two, [3]), (one, drafts), *((other, ()) for other in others)])
-    its = [each for each in drawn if each.request is one]
-    assert [each.id for each in its] == ids[: right + 1]
-    for found, (_, logprobs) in zip(its, expected[1], strict=False):
+    drafts = [*ids[:num_right], *[(id + 1) % VOCABULARY for id in ids[num_right:3]]]
+    tokens = with_drafts(
+        runner, [(second, [3]), (first, drafts), *((other, ()) for other in others)]
+    )
+    first_tokens = [sampled for sampled in tokens if sampled.request is first]
+    assert [sampled.id for sampled in first_tokens] == ids[: num_right + 1]
+    for found, (_, logprobs) in zip(first_tokens, expected[1], strict=False):
         assert found.logprobs.chosen == pytest.approx(logprobs.chosen, abs=5e-5)
-    assert [each.request for each in drawn if each.request in others] == others
-    keep(drawn)
-    check(go_on(runner, [one, two, *others]), model)  # what was wrong is written over
+    assert [sampled.request for sampled in tokens if sampled.request in others] == others
+    keep(tokens)
+    check(go_on(runner, [first, second, *others]), model)  # what was wrong is written over
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -231,17 +244,19 @@ def test_a_replay_may_end_in_drafts(model, form):
     request = make_request(30, [2], output=[5, 6, 7, 8])
     expected = runner.run(whole(request))[0].id
     request.drafts = [expected, (expected + 1) % VOCABULARY]
-    drawn = runner.run(Step([Work(request, 0, 29)], [Work(request, 29, 36)]))
-    assert len(drawn) in (2, 3)
+    tokens = runner.run(ScheduledStep([Chunk(request, 0, 29)], [Chunk(request, 29, 36)]))
+    assert len(tokens) in (2, 3)
     request.drafts = ()
-    for one in drawn:
-        check(keep([one]), model)
+    for sampled in tokens:
+        check(keep([sampled]), model)
 
 
 @pytest.mark.parametrize(
-    ("form", "num_spare"), [("plain", 0), ("padded", 1), ("split", 1), ("static", 1)]
+    ("form", "num_padding"), [("plain", 0), ("padded", 1), ("split", 1), ("static", 1)]
 )
-def test_only_the_slots_of_the_requests_and_of_the_spare_page_are_written(model, form, num_spare):
+def test_only_the_slots_of_the_requests_and_of_the_padding_page_are_written(
+    model, form, num_padding
+):
     runner, requests = make_runner(model, form), several()
     pools = runner.cache.keys, runner.cache.values
     for pool in pools:
@@ -260,10 +275,10 @@ def test_only_the_slots_of_the_requests_and_of_the_spare_page_are_written(model,
         assert own <= written
         others = written - own
         assert {page for page, _ in others} <= {runner.num_pages}
-        assert len(others) == num_spare
+        assert len(others) == num_padding
 
 
-def test_nobody_is_given_the_spare_page(model):
+def test_the_padding_page_is_never_allocated(model):
     engine = Engine.of(model, EngineSettings(cache_tokens=C * 3))
     assert engine.stats.pages == engine._runner.num_pages == 3
     assert engine._runner.cache.keys.shape[1] == 4
@@ -278,8 +293,8 @@ def test_no_logits_are_computed_of_prompts(own_model):
 
 
 @pytest.mark.parametrize("length", [2, 40, 64, 200])
-def test_the_way_of_attention_depends_on_neither_the_prompt_nor_its_company(model, length):
-    """Of a batch with one query each flash attention may go another way."""
+def test_the_attention_kernel_depends_on_neither_the_prompt_nor_the_batch(model, length):
+    """Flash attention may use a different kernel for a batch of single queries."""
     runner = make_runner(model)
     attend, seen = runner.cache.attend, []
 
@@ -290,7 +305,7 @@ def test_the_way_of_attention_depends_on_neither_the_prompt_nor_its_company(mode
     runner.cache.attend = spy
     runner.run(whole(make_request(length, [1, 2, 3, 4])))
     num_layers = len(model.layers)
-    assert seen == [max(QUERY_BLOCK, length - 1)] * num_layers + [1] * num_layers
+    assert seen == [max(QUERY_TILE, length - 1)] * num_layers + [1] * num_layers
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -303,7 +318,7 @@ def test_a_row_that_is_nan_is_an_error_of_its_request_and_no_bit_of_the_others_c
             runner.cache.values[1, requests[2].pages[0], 3] = math.nan
         outcomes.append(go_on(runner, requests))
     sound, poisoned = outcomes
-    assert [one.id for one in poisoned if one.error] == [-1]
+    assert [sampled.id for sampled in poisoned if sampled.error] == [-1]
     assert isinstance(poisoned[2].error, FloatingPointError)
     for i in (0, 1, 3, 4):
         assert (poisoned[i].id, poisoned[i].logprobs) == (sound[i].id, sound[i].logprobs)
@@ -314,7 +329,7 @@ def test_a_poisoned_request_ends_and_the_others_never_know(model):
     for is_poisoned in (False, True):
         engine = Engine.of(model, EngineSettings(cache_tokens=C * NUM_PAGES))
         settings = Sampling(temperature=0, max_new_tokens=70)
-        requests = [engine.add(one.prompt, settings) for one in several()]
+        requests = [engine.add(request.prompt, settings) for request in several()]
         engine.step()
         if is_poisoned:
             engine._runner.cache.keys[0, requests[0].pages[1]] = math.nan
@@ -403,7 +418,7 @@ def test_what_an_earlier_model_left_in_the_cache_is_not_used(own_model, change):
     assert changed.tokens == fresh.tokens
 
 
-def test_graphs_of_an_earlier_model_are_dropped(own_model):
+def test_graphs_of_an_earlier_model_are_discarded(own_model):
     engine = Engine.of(own_model, EngineSettings(cache_tokens=C * NUM_PAGES))
     graphs = {(1, 2): object()}
     engine._runner._graphs = graphs
@@ -421,7 +436,7 @@ CPU, FLASH, NO_FLASH = (
 
 
 @pytest.mark.parametrize(
-    ("where", "asked", "has_graphs", "deterministic"),
+    ("where", "settings", "has_graphs", "deterministic"),
     [
         (CPU, {}, False, None),
         (CPU, {"deterministic": True}, False, True),
@@ -439,13 +454,13 @@ CPU, FLASH, NO_FLASH = (
     ],
 )
 def test_graphs_are_for_gpus_and_determinism_is_where_it_can_be_shown(
-    where, asked, has_graphs, deterministic
+    where, settings, has_graphs, deterministic
 ):
-    assert decoding(EngineSettings(**asked), **where) == (has_graphs, deterministic)
+    assert decode_mode(EngineSettings(**settings), **where) == (has_graphs, deterministic)
 
 
 @pytest.mark.parametrize(
-    ("where", "asked"),
+    ("where", "settings"),
     [
         (CPU, {"compiled": True}),
         (FLASH, {"compiled": True}),
@@ -453,9 +468,9 @@ def test_graphs_are_for_gpus_and_determinism_is_where_it_can_be_shown(
         (NO_FLASH, {"cuda_graphs": True}),
     ],
 )
-def test_determinism_is_refused_where_it_cannot_be_shown(where, asked):
+def test_determinism_is_refused_where_it_cannot_be_shown(where, settings):
     with pytest.raises(ValueError, match="deterministic: not together with"):
-        decoding(EngineSettings(deterministic=True, **asked), **where)
+        decode_mode(EngineSettings(deterministic=True, **settings), **where)
 
 
 def test_cuda_graphs_are_refused_on_a_cpu(model):
@@ -467,7 +482,7 @@ def test_cuda_graphs_are_refused_on_a_cpu(model):
 def test_on_a_cpu_decoding_is_plain_unless_told(model, settings):
     runner = Runner(model, EngineSettings(cache_tokens=C, **settings))
     assert runner._graphs is None
-    assert not runner._is_static
+    assert not runner._has_static_shapes
     assert runner._model is model
 
 
@@ -482,17 +497,17 @@ def test_the_runner_says_whether_it_is_deterministic(model, deterministic):
     [(1, [1]), (2, [1, 2]), (8, [1, 8]), (9, [1, 8, 9]), (64, [1, 8, 64]), (100, [1, 8, 64, 100])],
 )
 def test_few_counts_of_rows_are_worth_a_graph(max_running, rows):
-    assert graph_rows(max_running) == rows
+    assert graph_sizes(max_running) == rows
 
 
 def decode_all(runner: Runner, counts: Sequence[int], lengths: Sequence[int]) -> None:
-    """Steps of so many rows, with a context of each of the lengths."""
+    """Run decode steps with each number of rows and each context length."""
     for count in counts:
         for length in lengths:
             long = make_request(length, range(-(-length // C)))
             short = [make_request(1, [NUM_PAGES - 1]) for _ in range(count - 1)]
-            works = [Work(request, len(request.prompt) - 1, request.length) for request in short]
-            runner.run(Step([], [*works, Work(long, length - 1, length)]))
+            chunks = [Chunk(request, len(request.prompt) - 1, request.length) for request in short]
+            runner.run(ScheduledStep([], [*chunks, Chunk(long, length - 1, length)]))
 
 
 def test_static_batches_have_few_shapes(model):
@@ -513,16 +528,16 @@ def test_static_batches_have_few_shapes(model):
 
 @torch.inference_mode()
 def test_what_is_derived_of_a_batch_is_derived_anew_in_every_run(model, monkeypatch):
-    """A graph must hold how it is made, not what it was the first time."""
+    """A graph must record the computation, not the value of the first run."""
     runner, known = make_runner(model, "static"), []
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
-        known.append("page_rows" in vars(batch))
-        assert batch.page_rows
+        known.append("pages_as_sequences" in vars(batch))
+        assert batch.pages_as_sequences
         return q
 
-    monkeypatch.setattr(runners, "fixed_shape", lambda _: attend)
-    batch = runner._padded([to_span(Work(make_request(3, [1]), 2, 3))], rows=8)
+    monkeypatch.setattr(runners, "static_shape_variant", lambda _: attend)
+    batch = runner._pad_batch([to_span(Chunk(make_request(3, [1]), 2, 3))], num_rows=8)
     for _ in range(2):
         runner._forward(batch)
     assert known == [False, True, True] * 2
@@ -532,13 +547,13 @@ def test_a_graph_is_made_once_for_each_shape(model, monkeypatch):
     made = []
 
     class Played:
-        """Nothing is recorded: the tensors of a batch are run anew each time."""
+        """Records nothing: every replay runs the tensors of the batch."""
 
         def __init__(self, forward, batch):
             made.append(tuple(batch.page_table.shape))
             self.replay = lambda batch: forward(replace(batch, spans=()))
 
-    monkeypatch.setattr(runners, "Graph", Played)
+    monkeypatch.setattr(runners, "DecodeGraph", Played)
     runner, requests = make_runner(model, "static"), several()
     runner._graphs = {}
     check(begin(runner, requests), model)
@@ -549,8 +564,7 @@ def test_a_graph_is_made_once_for_each_shape(model, monkeypatch):
 
 
 def drive(engine: Engine, steps: int, seed: int) -> list[Request]:
-    """Requests that come and go and grow over several pages, for so many steps and to their
-    ends."""
+    """Add random requests of several pages during the first `steps` steps; run all to the end."""
     r = random.Random(seed)
     requests: list[Request] = []
     taken = 0
@@ -566,8 +580,7 @@ def drive(engine: Engine, steps: int, seed: int) -> list[Request]:
 
 
 def compile_and_drive() -> None:
-    """Prints what came of it. For a process without the checker of the tests: what it checks
-    cannot be traced."""
+    """Print the results. For a process without shape checks, which cannot be traced."""
     from torch._dynamo.utils import counters
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 32}
@@ -586,10 +599,10 @@ def compile_and_drive() -> None:
         requests = drive(compiled, 200, seed=0)
     graphs.append(counters["stats"]["unique_graphs"])
     eager = drive(Engine.of(model, EngineSettings(**settings)), 200, seed=0)
-    same = [one.output == two.output for one, two in zip(requests, eager, strict=True)]
+    same = [first.output == second.output for first, second in zip(requests, eager, strict=True)]
     preemptions = compiled.stats.preemptions
-    said = {"graphs": graphs, "reports": reports, "same": same, "preemptions": preemptions}
-    print(json.dumps(said))
+    results = {"graphs": graphs, "reports": reports, "same": same, "preemptions": preemptions}
+    print(json.dumps(results))
 
 
 needs_compiler = pytest.mark.skipif(
@@ -604,13 +617,13 @@ def test_a_compiled_engine_says_the_same_and_compiles_nothing_after_it_was_warme
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    none, single, several, at_last = said["graphs"]
+    results = json.loads(done.stdout)
+    none, single, several, at_last = results["graphs"]
     assert 0 == none < single < several == at_last < 20
-    assert said["reports"] == [[0, 2], [1, 2], [2, 2]]
-    assert said["preemptions"] > 0
-    assert len(said["same"]) > 20
-    assert all(said["same"])
+    assert results["reports"] == [[0, 2], [1, 2], [2, 2]]
+    assert results["preemptions"] > 0
+    assert len(results["same"]) > 20
+    assert all(results["same"])
 
 
 def test_what_no_compiler_can_see_into_is_refused():
@@ -624,15 +637,17 @@ def test_what_no_compiler_can_see_into_is_refused():
 
 def test_what_is_not_compiled_needs_no_warming_up(model):
     reports = []
-    Engine.of(model, EngineSettings(cache_tokens=C)).warm_up(lambda *told: reports.append(told))
+    Engine.of(model, EngineSettings(cache_tokens=C)).warm_up(
+        lambda *arguments: reports.append(arguments)
+    )
     assert reports == [(0, 0)]
 
 
 def test_a_cache_of_bytes_is_refused_where_shapes_must_not_change():
     settings = EngineSettings(cache_dtype="int8", cuda_graphs=True)
     with pytest.raises(ValueError, match="cache_dtype: not together with `cuda_graphs`"):
-        decoding(settings, on_gpu=True, has_flash=True)
+        decode_mode(settings, on_gpu=True, has_flash=True)
     settings = EngineSettings(cache_dtype="int8")
-    assert decoding(settings, on_gpu=True, has_flash=True) == (False, None)
+    assert decode_mode(settings, on_gpu=True, has_flash=True) == (False, None)
     settings = EngineSettings(cache_dtype="int8", compiled=True)
-    assert decoding(settings, on_gpu=True, has_flash=True) == (False, False)
+    assert decode_mode(settings, on_gpu=True, has_flash=True) == (False, False)

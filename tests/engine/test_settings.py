@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llama32.engine.lookup import PromptLookup
+from llama32.engine.prompt_lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
 
 COUNTS = ["max_running", "prefill_tokens", "cache_tokens", "cache_bytes", "page_size"]
@@ -33,10 +33,10 @@ def test_a_count_below_one_is_refused_by_name(name, value):
 @pytest.mark.parametrize("value", [1.5, "8"])
 @pytest.mark.parametrize("name", COUNTS)
 def test_what_is_no_whole_number_is_refused_by_name(name, value):
-    """Below the checker of the tests, which would be first to refuse, and say less."""
-    said: Any = SimpleNamespace(**{**vars(EngineSettings()), name: value})
+    """Bypasses the type checks of the tests, which would refuse first."""
+    fields: Any = SimpleNamespace(**{**vars(EngineSettings()), name: value})
     with pytest.raises(ValueError, match=f"{name} is {value!r}, allowed: 1 or more"):
-        EngineSettings.__post_init__(said)
+        EngineSettings.__post_init__(fields)
 
 
 @pytest.mark.parametrize("name", COUNTS)

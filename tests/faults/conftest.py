@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from llama32.engine.settings import EngineSettings
-from llama32.llm import LLM
-from llama32.loading import load
+from llama32.llm.llm import LLM
+from llama32.llm.loading import load
 from tests.rawhttp import ask
 from tests.serving import COMPLETE, HELLO, Served, serving
 

@@ -1,4 +1,4 @@
-"""Every way in which a checkpoint can be bad ends in one line: what, where, what to do."""
+"""Every bad checkpoint gives an error of one line: the problem, the place, what to do."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama32.checkpoint import inspect, load_model
-from llama32.saving import save
+from llama32.checkpoint.reader import inspect, read_model
+from llama32.checkpoint.writer import save
 from tests.checkpoints import edit_json, edit_tensors, random_model, tiny_config, write_meta
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -55,9 +55,9 @@ def meta(good_meta, tmp_path) -> Path:
 
 
 def refuses(folder: Path, *parts: str, error: type[Exception] = ValueError, **options) -> None:
-    """Loading fails with one line that names the place and holds all parts."""
+    """Assert that loading fails with one line that names the folder and contains all parts."""
     with pytest.raises(error) as caught:
-        load_model(folder, **options)
+        read_model(folder, **options)
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(folder), *parts):
@@ -69,21 +69,21 @@ def cut(file: Path, size: int) -> None:
         opened.truncate(size)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     refuses(tmp_path / "nowhere", "no such folder", error=FileNotFoundError)
 
 
-def test_a_file_where_a_folder_belongs(hub):
+def test_a_file_in_place_of_a_folder(hub):
     file = hub / "model.safetensors"
-    refuses(file, "give the folder that holds it", error=FileNotFoundError)
+    refuses(file, "give the folder of the file", error=FileNotFoundError)
 
 
-def test_a_folder_without_a_checkpoint_says_what_was_looked_for(hub, meta):
+def test_a_folder_without_a_checkpoint_names_the_expected_files(hub, meta):
     (hub / "model.safetensors").unlink()
     (meta / "params.json").unlink()
     for folder in (hub, meta):
-        looked_for = ("model.safetensors.index.json", "params.json", "consolidated.*.pth")
-        refuses(folder, "no checkpoint here", *looked_for, error=FileNotFoundError)
+        expected = ("model.safetensors.index.json", "params.json", "consolidated.*.pth")
+        refuses(folder, "no checkpoint here", *expected, error=FileNotFoundError)
 
 
 def test_a_missing_config(hub):
@@ -98,7 +98,7 @@ def test_a_truncated_safetensors_file(hub, size):
     refuses(hub, "model.safetensors: cannot be read", "download it again")
 
 
-def test_a_web_page_where_a_safetensors_file_belongs(hub):
+def test_a_web_page_in_place_of_a_safetensors_file(hub):
     (hub / "model.safetensors").write_text("<html>Not Found</html>")
     refuses(hub, "model.safetensors: cannot be read")
 
@@ -112,7 +112,7 @@ def test_a_truncated_pth_file(meta, size):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("layout", ["hub", "meta"])
-def test_overwritten_bytes_end_in_nothing_but_a_clear_error(hub, meta, layout):
+def test_overwritten_bytes_raise_only_a_clear_error(hub, meta, layout):
     file = hub / "model.safetensors" if layout == "hub" else meta / "consolidated.00.pth"
     good, draw = file.read_bytes(), random.Random(0)
     messages = []
@@ -130,7 +130,7 @@ def test_overwritten_bytes_end_in_nothing_but_a_clear_error(hub, meta, layout):
 
 
 class Runs:
-    """Pickles as a call, which a careless reader would make."""
+    """An object that runs a command when unpickled without care."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -169,7 +169,7 @@ def test_malformed_json_is_located_to_the_column(hub, shards, meta):
 
 
 @pytest.mark.parametrize("text", [b"[1, 2]", b"\xff\xfe\xfd"])
-def test_json_that_is_no_object_or_no_text(hub, text):
+def test_json_other_than_an_object_in_utf8(hub, text):
     (hub / "config.json").write_bytes(text)
     refuses(hub, "config.json: ")
 
@@ -179,18 +179,18 @@ def test_an_index_that_names_a_missing_shard(shards):
     refuses(shards, "model-00002-of-00004.safetensors: missing", error=FileNotFoundError)
 
 
-def test_an_index_that_looks_for_a_tensor_in_the_wrong_shard(shards):
+def test_an_index_that_names_the_wrong_shard(shards):
     index = shards / "model.safetensors.index.json"
-    places = json.loads(index.read_text())["weight_map"]
-    places["model.norm.weight"] = places["model.embed_tokens.weight"]
-    edit_json(index, weight_map=places)
-    refuses(shards, "model.norm.weight is not in model-00001-of-00004.safetensors")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map["model.norm.weight"] = weight_map["model.embed_tokens.weight"]
+    edit_json(index, weight_map=weight_map)
+    refuses(shards, "lists model.norm.weight, which is not in model-00001-of-00004.safetensors")
 
 
-@pytest.mark.parametrize("at", ["../model.safetensors", "/etc/passwd", "weights.bin"])
-def test_an_index_that_leads_out_of_the_folder(shards, at):
-    edit_json(shards / "model.safetensors.index.json", weight_map={"model.norm.weight": at})
-    refuses(shards, repr(at), "is not the name of a safetensors file beside it")
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "weights.bin"])
+def test_an_index_that_leads_out_of_the_folder(shards, file):
+    edit_json(shards / "model.safetensors.index.json", weight_map={"model.norm.weight": file})
+    refuses(shards, repr(file), "is not a safetensors file in the same folder")
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 3}])
@@ -224,34 +224,34 @@ def test_more_layers_than_the_config_says(hub):
     refuses(hub, "unexpected tensors: model.layers.2.")
 
 
-def test_mis_shaped_tensors_are_named_with_both_shapes(hub):
+def test_tensors_of_wrong_shape_are_named_with_both_shapes(hub):
     edit_tensors(hub, lambda t: t.update({UP: t[UP].t().contiguous()}))
-    refuses(hub, f"{UP} [48, 112] (wanted [112, 48])")
+    refuses(hub, f"{UP} [48, 112] (expected [112, 48])")
 
 
 def test_a_vocabulary_that_differs_from_the_config(hub):
     edit_json(hub / "config.json", vocab_size=161)
-    refuses(hub, "model.embed_tokens.weight [160, 48] (wanted [161, 48])")
+    refuses(hub, "model.embed_tokens.weight [160, 48] (expected [161, 48])")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
-def test_weights_that_are_not_plain_floats(hub, dtype):
+def test_weights_other_than_floats(hub, dtype):
     edit_tensors(hub, lambda t: t.update({UP: t[UP].to(dtype)}))
     refuses(hub, UP, str(dtype).removeprefix("torch."), "only float weights load")
 
 
-def test_a_dtype_that_weights_cannot_have(hub):
+def test_an_unsupported_dtype(hub):
     with pytest.raises(ValueError, match=r"dtype torch\.int8: weights load in float64, float32"):
-        load_model(hub, dtype=torch.int8)
+        read_model(hub, dtype=torch.int8)
 
 
-def test_a_rope_factor_where_the_config_has_one(hub):
+def test_a_rope_factor_for_the_hubs_layout(hub):
     refuses(hub, "rope_factor is for Meta's layout", rope_factor=8.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["hub", "meta"])
-def test_weights_that_are_not_finite_are_warned_of_by_name(hub, tmp_path, value, layout):
+def test_a_warning_names_weights_with_nan_or_infinity(hub, tmp_path, value, layout):
     if layout == "hub":
         edit_tensors(hub, lambda tensors: tensors[UP].view(-1)[1234].fill_(value))
         folder, name = hub, UP
@@ -263,14 +263,14 @@ def test_weights_that_are_not_finite_are_warned_of_by_name(hub, tmp_path, value,
             change=lambda tensors: tensors[name].view(-1)[77].fill_(value),
         )
     with pytest.warns(UserWarning, match=f"^{folder}: NaN or infinity in {name}$"):
-        load_model(folder)
+        read_model(folder)
 
 
-def test_weights_that_overflow_the_dtype_asked_for_are_warned_of(hub):
+def test_a_warning_names_weights_that_overflow_the_given_dtype(hub):
     edit_tensors(hub, lambda tensors: tensors[UP].view(-1)[5].fill_(1e5))
-    load_model(hub)
+    read_model(hub)
     with pytest.warns(UserWarning, match=f"NaN or infinity in {UP}"):
-        load_model(hub, dtype=torch.float16)
+        read_model(hub, dtype=torch.float16)
 
 
 def test_a_gap_in_the_shards_of_metas_layout(meta):
@@ -278,7 +278,7 @@ def test_a_gap_in_the_shards_of_metas_layout(meta):
     refuses(meta, "consolidated.01.pth: missing", error=FileNotFoundError)
 
 
-def test_a_lost_last_shard_of_metas_layout(meta):
+def test_a_missing_last_shard_of_metas_layout(meta):
     (meta / "consolidated.01.pth").unlink()
     refuses(meta, "shapes differ from the config: layers.0.attention.wk.weight [10, 48]")
 
@@ -286,22 +286,23 @@ def test_a_lost_last_shard_of_metas_layout(meta):
 def test_shards_of_different_checkpoints(meta, tmp_path):
     other = write_meta(random_model(tiny_config(num_hidden_layers=2)), tmp_path / "2", num_shards=2)
     shutil.copy(other / "consolidated.01.pth", meta)
-    refuses(meta, "consolidated.01.pth: not the tensors of consolidated.00.pth: layers.2.")
+    differ = "tensor names differ from consolidated.00.pth: layers.2."
+    refuses(meta, f"consolidated.01.pth: {differ}")
     other = write_meta(random_model(tiny_config(), dtype=torch.half), tmp_path / "h", num_shards=2)
     shutil.copy(other / "consolidated.01.pth", meta)
     refuses(meta, "tok_embeddings.weight differs in shape or dtype between the shards")
 
 
-def test_a_pth_file_of_something_else(meta):
+def test_a_pth_file_of_another_model(meta):
     for number in range(2):
         torch.save({"conv.weight": torch.ones(3, 3)}, meta / f"consolidated.0{number}.pth")
     refuses(meta, "has no matrix tok_embeddings.weight")
 
 
-def test_configs_that_are_refused_name_the_file(hub):
+def test_refused_configs_say_why_in_one_line(hub):
     config = hub / "config.json"
     whole = config.read_text()
-    for changes, said in (
+    for changes, message in (
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"quantization_config": {"bits": 4}}, "only weights quantized by llama32 load"),
@@ -309,7 +310,7 @@ def test_configs_that_are_refused_name_the_file(hub):
         ({"head_dim": 11}, "head_dim 11 is odd"),
     ):
         edit_json(config, **changes)
-        with pytest.raises(ValueError, match=re.escape(said)) as error:
-            load_model(hub)
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read_model(hub)
         assert "\n" not in str(error.value)
         config.write_text(whole)

@@ -1,4 +1,4 @@
-"""Ten thousand requests of which many go wrong: the others never notice, and nothing is left."""
+"""Ten thousand requests with many faults: no fault affects other requests, and no page leaks."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from llama32.engine.engine import Engine
 from llama32.engine.request import Request
 from llama32.engine.scheduler import Scheduler
 from llama32.engine.settings import EngineSettings
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.engine.fakes import (
     ANSWERS,
     PAGE,
@@ -37,19 +37,19 @@ class OfTheModelError(Exception):
 
 
 class Traffic:
-    """Random requests, and what is to become of each.
+    """Random requests, and the expected end of each.
 
-    Prompts branch off from a few stems at any place, many in the middle of a page. What goes wrong
-    is decided when a request is made, but for aborts, which come at any time.
+    Prompts branch off from a few stems at any place, many in the middle of a page. Faults are
+    decided when a request is added, except aborts, which come at any time.
     """
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine = engine
         self.random = Random(seed)
         self.requests: list[Request] = []
-        self.answers: dict[Request, list[int]] = {}  # what each would get alone
+        self.answers: dict[Request, list[int]] = {}  # the output of each request alone
         self.fates: dict[Request, type[Exception]] = {}
-        self.broken: dict[Request, int] = {}  # at which token a row is not finite
+        self.broken: dict[Request, int] = {}  # the token whose row is not finite
         self.aborted: set[Request] = set()
         self._stems = [make_prompt(40, seed) for seed in range(12)]
 
@@ -84,17 +84,17 @@ class Traffic:
             self.fates[request] = OfACallbackError
 
     def abort(self) -> None:
-        """Any, also one that has ended."""
+        """Abort any recent request, ended requests included."""
         request = self.random.choice(self.requests[-50:])
         if request.finish_reason is None:
             self.aborted.add(request)
         self.engine.abort(request)
 
-    def is_finite(self, request: Request, said: int) -> bool:
-        return self.broken.get(request) != said
+    def is_finite(self, request: Request, num_output: int) -> bool:
+        return self.broken.get(request) != num_output
 
     def check(self, request: Request) -> None:
-        """It ended as it had to."""
+        """Check that a request ended as expected."""
         expected, output = self.answers[request], request.output
         assert [token.id for token in request.tokens] == output == expected[: len(output)]
         assert request.pages == []
@@ -112,10 +112,10 @@ class Traffic:
 
 
 def raising(at: int) -> Callable[..., None]:
-    """After so many calls that went well."""
+    """Return a callback that raises after `at` calls."""
     calls = count()
 
-    def callback(*told: object) -> None:
+    def callback(*arguments: object) -> None:
         if next(calls) == at:
             raise OfACallbackError
 
@@ -124,14 +124,14 @@ def raising(at: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("quality", [None, 0.7], ids=["plain", "drafts"])
 def test_ten_thousand_requests_over_a_small_cache_with_faults_of_all_kinds(monkeypatch, quality):
-    monkeypatch.setattr("llama32.engine.engine.Scheduler", partial(Scheduler, block=4))
+    monkeypatch.setattr("llama32.engine.engine.Scheduler", partial(Scheduler, alignment=4))
     drafts = None if quality is None else FakeDrafts(quality, num_tokens=5)
     engine, runner = make_engine(
         num_pages=20, page_size=8, max_running=12, prefill_tokens=32, speculation=drafts
     )
     pages = engine.scheduler.pages
     evicted: list[int] = []
-    pages._on_evict = lambda page, forget=pages._on_evict: (evicted.append(page), forget(page))
+    pages._on_evict = lambda page, evict=pages._on_evict: (evicted.append(page), evict(page))
     traffic = Traffic(engine, seed=1)
     runner.is_finite = traffic.is_finite
     r = traffic.random
@@ -154,12 +154,12 @@ def test_ten_thousand_requests_over_a_small_cache_with_faults_of_all_kinds(monke
     for request in traffic.requests:
         traffic.check(request)
     assert len(traffic.requests) == NUM_REQUESTS
-    assert pages.num_held == 0
-    assert not any(pages.references)
+    assert pages.num_referenced == 0
+    assert not any(pages.ref_counts)
     assert not engine.scheduler._pending
     assert engine.stats.generated == sum(len(request.output) for request in traffic.requests)
     if drafts is not None:
-        assert not drafts.known
+        assert not drafts.tracked
         assert 0.4 < engine.stats.acceptance_rate < 0.7
     kinds = Counter((request.finish_reason, type(request.error)) for request in traffic.requests)
     assert kinds["length", NoneType] > 5000
@@ -177,16 +177,16 @@ def test_of_a_real_model_those_that_are_not_aborted_get_what_they_get_alone():
     model = load_model("tiny")
     r = Random(3)
     stem = make_prompt(130)
-    asked = []
+    inputs = []
     for i in range(16):
         prompt = [*stem[: r.choice([40, 60, 62, 63, 70, 120, 130])], i]
         new = r.randrange(10, 40)
         sampling = Sampling(temperature=i % 2, seed=i, max_new_tokens=new, ignore_eos=True)
-        asked.append((prompt, sampling))
+        inputs.append((prompt, sampling))
     alone = Engine.of(model, EngineSettings(deterministic=True, cache_tokens=64 * 3))
     expected = []
-    for one in asked:
-        request = alone.add(*one)
+    for request_input in inputs:
+        request = alone.add(*request_input)
         run_to_the_end(alone)
         alone.forget_prefixes()
         expected.append(request.output)
@@ -194,8 +194,11 @@ def test_of_a_real_model_those_that_are_not_aborted_get_what_they_get_alone():
     engine = Engine.of(model, EngineSettings(deterministic=True, cache_tokens=64 * 6))
     requests: list[Request] = []
     aborted = set()
-    while len(requests) < len(asked) or engine.is_busy:
-        requests += [engine.add(*one) for one in asked[len(requests) :][: r.choice([0, 1, 3])]]
+    while len(requests) < len(inputs) or engine.is_busy:
+        requests += [
+            engine.add(*request_input)
+            for request_input in inputs[len(requests) :][: r.choice([0, 1, 3])]
+        ]
         if requests and r.random() < 0.08:
             request = r.choice(requests)
             if request.finish_reason is None:
@@ -217,20 +220,20 @@ def test_of_a_real_model_those_that_are_not_aborted_get_what_they_get_alone():
 
 def test_the_fewest_pages_that_hold_the_longest_request_are_enough_for_all():
     r = Random(2)
-    asked = [
+    inputs = [
         (make_prompt(r.randrange(1, 150), r.randrange(4)), r.randrange(1, 200)) for _ in range(60)
     ]
-    longest = max(len(prompt) + new for prompt, new in asked)
+    longest = max(len(prompt) + new for prompt, new in inputs)
     fewest = -(-longest // PAGE)
     outputs = []
     for num_pages in (fewest, 1000):
         engine, _ = make_engine(num_pages)
-        requests = [engine.add(prompt, Sampling(max_new_tokens=new)) for prompt, new in asked]
+        requests = [engine.add(prompt, Sampling(max_new_tokens=new)) for prompt, new in inputs]
         run_to_the_end(engine)
         outputs.append([request.output for request in requests])
         assert (engine.stats.preemptions > 0) == (num_pages == fewest)
-    assert outputs[0] == outputs[1] == [answer(*one) for one in asked]
+    assert outputs[0] == outputs[1] == [answer(*request_input) for request_input in inputs]
     engine, _ = make_engine(fewest - 1)
-    prompt, new = max(asked, key=lambda one: len(one[0]) + one[1])
+    prompt, new = max(inputs, key=lambda request_input: len(request_input[0]) + request_input[1])
     with pytest.raises(ValueError, match=f"{longest} tokens"):
         engine.add(prompt, Sampling(max_new_tokens=new))

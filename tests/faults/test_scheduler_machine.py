@@ -1,8 +1,8 @@
-"""Anything in any order, over far too few pages, with prompts that are mostly alike, and drafts
-that may be right or wrong.
+"""The scheduler as a state machine: operations in any order, few pages, similar prompts and drafts
+of any quality.
 
-The model is a function of all tokens so far. What it writes to a slot of a page is the very list
-of them, so that a row which reads a slot can tell whose it is.
+The model is a function of all tokens so far, and writes exactly these tokens to a slot of a page.
+A row that reads a slot can therefore check the owner.
 """
 
 from collections import Counter
@@ -22,9 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from llama32.engine.prefix import PageKey
+from llama32.engine.prefix_cache import PageKey
 from llama32.engine.request import Request
-from llama32.engine.scheduler import Scheduler, Step
+from llama32.engine.scheduler import ScheduledStep, Scheduler
 
 PAGE = 4
 TOKENS = st.lists(st.integers(0, 1), max_size=9).map(tuple)
@@ -36,7 +36,7 @@ def next_token(tokens: tuple[int, ...]) -> int:
 
 
 def alone(request: Request) -> list[int]:
-    """The answer without a scheduler, as far as the request has come."""
+    """Return the output without a scheduler, up to the request's length."""
     tokens = tuple(request.prompt)
     for _ in request.output:
         tokens += (next_token(tokens),)
@@ -44,11 +44,11 @@ def alone(request: Request) -> list[int]:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    num_digests: int | None = None  # so few that different pages have the same
+    num_digests: int | None = None  # few enough for collisions
 
     @initialize(
         num_pages=st.integers(6, 20),
-        block=st.sampled_from([2, 4]),
+        alignment=st.sampled_from([2, 4]),
         more=st.integers(0, 16),
         max_running=st.integers(1, 6),
         num_drafts=st.sampled_from([0, 1, 3, 9]),
@@ -57,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(
         self,
         num_pages: int,
-        block: int,
+        alignment: int,
         more: int,
         max_running: int,
         num_drafts: int,
@@ -68,17 +68,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_pages,
             PAGE,
             max_running=max_running,
-            prefill_tokens=block + more,
-            block=block,
+            prefill_tokens=alignment + more,
+            alignment=alignment,
             on_release=lambda request: self.released.update([request]),
         )
         self.num_drafts = num_drafts
         self.quality = quality  # the probability that a draft is right
         self.random = Random(0)
-        self.block = block
+        self.alignment = alignment
         self.arrivals = count()
         self.arrival: dict[Request, int] = {}
-        self.model = 0  # which one: they forget when it changes
+        self.model = 0  # version: a change clears the prefix cache
         self.written: dict[tuple[int, int], tuple[int, tuple[int, ...]] | None] = {}
 
     @property
@@ -91,9 +91,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(beginning=BEGINNINGS, end=TOKENS, new=st.integers(1, 24))
     def add(self, beginning: tuple[int, ...], end: tuple[int, ...], new: int) -> None:
         prompt = [*beginning, *end] or [2]
-        request = Request(prompt=prompt, longest=len(prompt) + new)
-        if request.longest > PAGE * len(self.scheduler.pages.references):
-            with pytest.raises(ValueError, match=f"{request.longest} tokens"):
+        request = Request(prompt=prompt, max_length=len(prompt) + new)
+        if request.max_length > PAGE * len(self.scheduler.pages.ref_counts):
+            with pytest.raises(ValueError, match=f"{request.max_length} tokens"):
                 self.scheduler.add(request)
             return
         self.scheduler.add(request)
@@ -111,11 +111,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(half=st.booleans())
     def fail(self, half: bool) -> None:
-        """The step breaks off; a part of it may have been written, and not even rightly."""
+        """A step fails; parts may have been written, and not even correctly."""
         step = self.with_drafts(self.plan())
-        for work in (*step.prefill, *step.decode)[half:]:
-            for position in range(work.start, work.stop):
-                self.written[self.slot(work.request, position)] = None
+        for chunk in (*step.prefill, *step.decode)[half:]:
+            for position in range(chunk.start, chunk.stop):
+                self.written[self.slot(chunk.request, position)] = None
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -127,13 +127,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def change_the_model(self) -> None:
-        self.scheduler.forget_prefixes()
+        self.scheduler.clear_prefix_cache()
         self.model += 1
 
-    def plan(self) -> Step:
+    def plan(self) -> ScheduledStep:
         old = set(self.scheduler.running)
-        step = self.scheduler.plan()
-        assert self.scheduler.plan() == step
+        step = self.scheduler.schedule()
+        assert self.scheduler.schedule() == step
         for request in self.scheduler.running:
             if request not in old:
                 self.check_start(request)
@@ -142,39 +142,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         return step
 
     def check_start(self, request: Request) -> None:
-        """What it found in the cache is its own prompt, read by the present model."""
+        """Check that the cached pages have the request's prompt, by the present model."""
         for position in range(request.num_computed):
             expected = self.model, tuple(request.prompt[: position + 1])
             assert self.written[self.slot(request, position)] == expected
 
-    def check_budget(self, step: Step) -> None:
-        rows = sum(work.stop - work.start - 1 for work in step.decode)
-        prompts = sum(work.stop - work.start for work in step.prefill)
+    def check_budget(self, step: ScheduledStep) -> None:
+        rows = sum(chunk.stop - chunk.start - 1 for chunk in step.decode)
+        prompts = sum(chunk.stop - chunk.start for chunk in step.prefill)
         assert rows + prompts <= self.scheduler.prefill_tokens
         reached = {request: request.num_computed for request in self.scheduler.running}
         for request, start, stop in step.prefill:
-            assert start == reached[request] < stop <= request.num_prefill
-            assert stop % self.block == 0 or stop == request.num_prefill
+            assert start == reached[request] < stop <= request.num_prefill_tokens
+            assert stop % self.alignment == 0 or stop == request.num_prefill_tokens
             reached[request] = stop
-        read = [r for r in self.scheduler.running if reached[r] >= r.num_prefill]
-        assert [work.request for work in step.decode] == read
+        read = [r for r in self.scheduler.running if reached[r] >= r.num_prefill_tokens]
+        assert [chunk.request for chunk in step.decode] == read
         for request, start, stop in step.decode:
             assert start == reached[request] < stop <= request.length
 
-    def with_drafts(self, step: Step) -> Step:
-        """Longer by as many drafts as there is room for."""
+    def with_drafts(self, step: ScheduledStep) -> ScheduledStep:
+        """Return the step with as many drafts as fit."""
         before = self.scheduler.num_preemptions, len(self.scheduler.waiting)
-        num_idle = self.scheduler.pages.num_available - self.scheduler.pages.num_free
+        num_evictable = self.scheduler.pages.num_available - self.scheduler.pages.num_free
         for request, _, stop in step.decode:
             if stop == request.length:
-                room = self.scheduler.reserve(request, self.num_drafts)
+                room = self.scheduler.reserve_drafts(request, self.num_drafts)
                 assert 0 <= room <= self.num_drafts
-                assert request.length + room < request.longest
+                assert request.length + room < request.max_length
                 request.drafts = self.guess(request, room)
         pages = self.scheduler.pages
         assert (self.scheduler.num_preemptions, len(self.scheduler.waiting)) == before
-        assert pages.num_available - pages.num_free == num_idle
-        decode = [work._replace(stop=work.stop + len(work.request.drafts)) for work in step.decode]
+        assert pages.num_available - pages.num_free == num_evictable
+        decode = [
+            chunk._replace(stop=chunk.stop + len(chunk.request.drafts)) for chunk in step.decode
+        ]
         return step._replace(decode=decode)
 
     def guess(self, request: Request, count: int) -> list[int]:
@@ -184,17 +186,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             tokens += ((next_token(tokens) + is_wrong) % 3,)
         return [*tokens[request.length :]]
 
-    def run(self, step: Step) -> None:
+    def run(self, step: ScheduledStep) -> None:
         step = self.with_drafts(step)
-        works = (*step.prefill, *step.decode)
-        for request, start, stop in works:
+        chunks = (*step.prefill, *step.decode)
+        for request, start, stop in chunks:
             tokens = (*request.prompt, *request.output, *request.drafts)
             for position in range(start, stop):
                 slot = self.slot(request, position)
-                assert self.scheduler.pages.references[slot[0]] == 1
-                assert slot[0] not in self.scheduler.prefixes
+                assert self.scheduler.pages.ref_counts[slot[0]] == 1
+                assert slot[0] not in self.scheduler.prefix_cache
                 self.written[slot] = self.model, tokens[: position + 1]
-        for request, _, stop in works:
+        for request, _, stop in chunks:
             tokens = (*request.prompt, *request.output, *request.drafts)
             for position in range(stop):
                 slot = self.written[self.slot(request, position)]
@@ -204,12 +206,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request, _, stop in step.decode:
             if stop >= request.length:
                 self.accept(request)
-                if request.length == request.longest:
+                if request.length == request.max_length:
                     self.scheduler.finish(request)
                     assert request.output == alone(request)
 
     def accept(self, request: Request) -> None:
-        """Its next tokens, up to the first that was not drafted."""
+        """Append the next tokens, up to the first that differs from its draft."""
         for draft in (*request.drafts, None):
             token = next_token((*request.prompt, *request.output))
             request.append(token)
@@ -220,23 +222,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_is_accounted_for(self) -> None:
         pages = self.scheduler.pages
-        held = Counter(page for request in self.alive for page in request.pages)
-        assert pages.references == [held[page] for page in range(len(pages.references))]
-        idle = {page for page in range(len(pages.references)) if pages.is_idle(page)}
-        assert not idle & held.keys()
-        assert pages.num_held == len(held)
-        assert pages.num_available == pages.num_free + len(idle)
-        assert pages.num_free + len(idle) + len(held) == len(pages.references)
+        references = Counter(page for request in self.alive for page in request.pages)
+        assert pages.ref_counts == [references[page] for page in range(len(pages.ref_counts))]
+        evictable = {page for page in range(len(pages.ref_counts)) if pages.is_evictable(page)}
+        assert not evictable & references.keys()
+        assert pages.num_referenced == len(references)
+        assert pages.num_available == pages.num_free + len(evictable)
+        assert pages.num_free + len(evictable) + len(references) == len(pages.ref_counts)
         for request in self.alive:
             assert len(set(request.pages)) == len(request.pages)
 
     @invariant()
-    def what_is_remembered_is_there_and_can_be_found(self) -> None:
-        pages, prefixes = self.scheduler.pages, self.scheduler.prefixes
+    def cached_pages_exist_and_can_be_found(self) -> None:
+        pages, prefixes = self.scheduler.pages, self.scheduler.prefix_cache
         by_page = prefixes._by_page
         assert {entry.page for entry in prefixes._by_digest.values()} == by_page.keys()
         for page, entry in by_page.items():
-            assert pages.references[page] or pages.is_idle(page)
+            assert pages.ref_counts[page] or pages.is_evictable(page)
             tokens: tuple[int, ...] = ()
             ancestor = entry
             while ancestor:
@@ -246,8 +248,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for i in range(PAGE):
                 expected = self.model, tokens[: len(tokens) - PAGE + i + 1]
                 assert self.written[page, i] == expected
-        for page in range(len(pages.references)):
-            assert page in by_page or not pages.is_idle(page)
+        for page in range(len(pages.ref_counts)):
+            assert page in by_page or not pages.is_evictable(page)
 
     @invariant()
     def the_queue_is_in_order(self) -> None:
@@ -265,19 +267,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        # The oldest computes a token in every step, and never again from the start.
-        limit = sum(request.longest for request in self.alive)
+        # The oldest request gets a token in every step and is never preempted.
+        limit = sum(request.max_length for request in self.alive)
         for _ in range(limit):
             if self.alive:
                 self.run(self.plan())
                 self.check_invariants_of_all()
         assert not self.alive
-        assert self.scheduler.pages.num_held == 0
+        assert self.scheduler.pages.num_referenced == 0
         assert not self.scheduler._pending
 
     def check_invariants_of_all(self) -> None:
         self.every_page_is_accounted_for()
-        self.what_is_remembered_is_there_and_can_be_found()
+        self.cached_pages_exist_and_can_be_found()
         self.the_queue_is_in_order()
 
 

@@ -1,5 +1,7 @@
-"""However clients behave, and whatever befalls the model: each request is answered or refused in
-the right shape, nothing is left of it, and the next one is answered as ever."""
+"""Bad clients and failing models: the server answers or refuses in OpenAI's shape.
+
+After each test, the server is idle and gives a good request the same answer as before.
+"""
 
 import json
 import logging
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 from llama32.engine.settings import EngineSettings
-from llama32.llm import LLM
+from llama32.llm.llm import LLM
 from llama32.serve import limits
 from tests.rawhttp import JSON, Wire, ask, checked_error, get, head
 from tests.serving import COMPLETE, HELLO, Served, assert_unharmed, serving, until
@@ -39,7 +41,7 @@ def unharmed(served, hello) -> Iterator[None]:
 def own_server(
     llm: LLM, hello: str, max_running: int = 64, cache_tokens: int = 8192, **settings: Any
 ) -> Iterator[Served]:
-    """Another one of the same model."""
+    """Run another server with the same model."""
     engine = EngineSettings(cache_tokens=cache_tokens, max_running=max_running)
     with serving(replace(llm, engine_settings=engine), **settings) as server:
         yield server
@@ -48,22 +50,22 @@ def own_server(
 
 @contextmanager
 def wires(served: Served, *bodies: dict[str, Any]) -> Iterator[list[Wire]]:
-    """A connection for each, which has a place when the next one comes."""
+    """Send each body on a connection of its own, once the one before has its slots."""
     with ExitStack() as stack:
         opened = [stack.enter_context(Wire(served.port)) for _ in bodies]
         for i, (wire, body) in enumerate(zip(opened, bodies, strict=True)):
             wire.post(COMPLETE, body)
-            until(lambda places=i + 1: served.service.room.taken == places)
+            until(lambda count=i + 1: served.service.slots.taken == count)
         yield opened
 
 
 @contextmanager
-def hooked(llm: LLM, act: Callable[[int], object]) -> Iterator[None]:
-    """Before each call of the model, in the engine's thread, `act` is given its number."""
+def hooked(llm: LLM, on_call: Callable[[int], object]) -> Iterator[None]:
+    """Call `on_call` with the number of each model call before the call, in the engine thread."""
     calls = count()
 
     def before(*_: object) -> None:
-        act(next(calls))
+        on_call(next(calls))
 
     handle = llm.model.register_forward_pre_hook(before)
     try:
@@ -74,7 +76,7 @@ def hooked(llm: LLM, act: Callable[[int], object]) -> Iterator[None]:
 
 @contextmanager
 def halted(llm: LLM, after: int = 0) -> Iterator[None]:
-    """Behind so many calls the model stands still, until the end of the block."""
+    """Block the model after `after` calls, until the end of the block."""
     end = Event()
     with hooked(llm, lambda number: number < after or end.wait(30)):
         try:
@@ -87,7 +89,7 @@ def halted(llm: LLM, after: int = 0) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_of_100_mb_is_refused_and_not_kept(served, chunked):
+def test_a_body_of_100_mb_is_refused_and_not_stored(served, chunked):
     length = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": f"{100 * MB}"}
     megabyte = b"%x\r\n%s\r\n" % (MB, b" " * MB) if chunked else b" " * MB
     tracemalloc.start()
@@ -105,8 +107,8 @@ def test_a_body_of_100_mb_is_refused_and_not_kept(served, chunked):
         tracemalloc.stop()
 
 
-def test_a_body_that_does_not_end_is_not_read_for_ever(served, monkeypatch):
-    monkeypatch.setattr(limits, "MOST_DISCARDED", 16 * MB)
+def test_an_endless_body_is_not_read_forever(served, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_DISCARDED", 16 * MB)
     megabyte = b"%x\r\n%s\r\n" % (MB, b" " * MB)
     with Wire(served.port) as wire:
         wire.send(head("POST", CHAT, JSON | {"Transfer-Encoding": "chunked"}))
@@ -114,7 +116,7 @@ def test_a_body_that_does_not_end_is_not_read_for_ever(served, monkeypatch):
             wire.send(megabyte * 100)
 
 
-def test_a_slow_body_is_waited_for_so_long_and_hinders_nobody(served, hello, monkeypatch):
+def test_a_slow_body_times_out_and_delays_no_other_request(served, hello, monkeypatch):
     monkeypatch.setattr(limits, "BODY_SECONDS", 1)
     with Wire(served.port) as slow, Wire(served.port) as cut, Wire(served.port) as silent:
         silent.send(b"POST")
@@ -126,7 +128,7 @@ def test_a_slow_body_is_waited_for_so_long_and_hinders_nobody(served, hello, mon
         assert ask(served.port, COMPLETE, HELLO).text == hello
         answer = slow.answer()
         assert (answer.status, answer.error["type"]) == (408, "invalid_request_error")
-        slow.socket.settimeout(3)  # at once, and not because nothing comes any more
+        slow.socket.settimeout(3)  # immediately, not because of the idle timeout
         assert slow.is_closed()
 
 
@@ -135,7 +137,7 @@ def test_a_slow_body_is_waited_for_so_long_and_hinders_nobody(served, hello, mon
     [
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,  # TLS
-        b"GET /" + b"a" * 200_000,  # a line without an end
+        b"GET /" + b"a" * 200_000,  # an endless line
         b"GET / HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 200_000,
         b"GET / HTTP/1.1\r\nHost: here\r\n" + b"X: a\r\n" * 50_000,
         b"GET / HTTP/1.1\r\n\r\n",
@@ -147,20 +149,20 @@ def test_a_slow_body_is_waited_for_so_long_and_hinders_nobody(served, hello, mon
     ],
     ids=lambda sent: ascii(sent[-24:]),
 )
-def test_what_is_no_http_is_refused_and_the_connection_ends(served, sent):
+def test_invalid_http_is_refused_and_the_connection_closes(served, sent):
     with Wire(served.port) as wire:
         try:
             wire.send(sent)
             assert wire.answer().status == 400
         except ConnectionError:
-            return  # it was ended while all that was still being sent
+            return  # the server closed the connection during the upload
         assert wire.is_closed()
 
 
 @pytest.mark.parametrize(
     "path", ["/no", "/v1/models/%00", "/v1/models/../../etc/passwd", "//", "/%ff", CHAT + "/", "*"]
 )
-def test_what_is_not_there_is_not_found_in_the_right_shape(served, path):
+def test_an_unknown_path_is_refused_in_the_right_shape(served, path):
     with Wire(served.port) as wire:
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
             wire.send(head(method, path, {}))
@@ -169,11 +171,11 @@ def test_what_is_not_there_is_not_found_in_the_right_shape(served, path):
             assert answer.status == 307 or answer.error["type"] == "invalid_request_error"
 
 
-def test_a_connection_goes_on_behind_an_error(served, hello):
+def test_a_connection_survives_errors(served, hello):
     bodies = [b"{", b"[]", json.dumps(HELLO).encode(), b"", json.dumps(HELLO).encode()]
     with Wire(served.port) as wire:
         for body in bodies:
-            wire.post(COMPLETE, body)  # all of them before any is answered
+            wire.post(COMPLETE, body)  # all before the first answer
         answers = [wire.answer() for _ in bodies]
     assert [answer.status for answer in answers] == [400, 400, 200, 400, 200]
     assert answers[2].text == answers[4].text == hello
@@ -191,7 +193,7 @@ def leave_by_reset(wire: Wire) -> None:
 
 
 def leave_by_half(wire: Wire) -> None:
-    """No more is sent; whether an answer would still be read, nobody can know."""
+    """Close for sending. The server cannot know whether the client still reads."""
     wire.socket.shutdown(socket.SHUT_WR)
     while wire.socket.recv(2**16):
         pass
@@ -202,19 +204,19 @@ LEAVES = [leave_by_close, leave_by_reset, leave_by_half]
 
 @pytest.mark.parametrize("leave", LEAVES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_before_the_first_token_gets_none(served, llm, leave, stream):
+def test_a_disconnect_before_the_first_token_aborts_the_request(served, llm, leave, stream):
     generated = served.engine.stats.generated
     with halted(llm), wires(served, LONG | {"stream": stream}) as (wire,):
         until(lambda: served.engine.is_busy)
         leave(wire)
-        until(lambda: not served.service.room.taken)
+        until(lambda: not served.service.slots.taken)
     served.assert_idle()
     assert served.engine.stats.generated <= generated + 1
 
 
 @pytest.mark.parametrize("leave", LEAVES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_in_the_middle_ends_it(served, llm, leave, stream):
+def test_a_disconnect_during_the_answer_aborts_the_request(served, llm, leave, stream):
     generated = served.engine.stats.generated
     with halted(llm, after=10), wires(served, LONG | {"stream": stream}) as (wire,):
         if stream:
@@ -222,18 +224,18 @@ def test_who_leaves_in_the_middle_ends_it(served, llm, leave, stream):
             assert next(wire.pieces(headers)).startswith(b"data: {")
         until(lambda: any(len(request.output) > 5 for request in served.engine.scheduler.running))
         leave(wire)
-        until(lambda: not served.service.room.taken)
+        until(lambda: not served.service.slots.taken)
     served.assert_idle()
     assert served.engine.stats.generated < generated + 20
 
 
-def test_who_leaves_the_queue_is_no_longer_in_it(llm, served, hello):
+def test_a_disconnect_removes_a_waiting_request(llm, served, hello):
     with own_server(llm, hello, max_running=1) as server, halted(llm, after=5):
         bodies = [LONG | {"stream": i % 2 == 0} for i in range(7)]
         with wires(server, *bodies) as (_, *waiting):
             for i, wire in enumerate(waiting):
                 LEAVES[i % 3](wire)
-            until(lambda: server.service.room.taken == 1)
+            until(lambda: server.service.slots.taken == 1)
 
 
 KILLED = """
@@ -248,7 +250,7 @@ sys.stdin.read()
 """
 
 
-def test_thirty_streams_of_a_process_that_is_killed_leave_nothing(served):
+def test_thirty_streams_of_a_killed_client_are_aborted(served):
     body = json.dumps(STREAM)
     sent = head("POST", COMPLETE, JSON | {"Content-Length": f"{len(body)}"}).decode() + body
     command = [sys.executable, "-c", KILLED, f"{served.port}", sent]
@@ -256,7 +258,7 @@ def test_thirty_streams_of_a_process_that_is_killed_leave_nothing(served):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
             assert process.stdout.readline() == "all run\n"
-            assert served.service.room.taken == 30
+            assert served.service.slots.taken == 30
         finally:
             process.kill()
     served.assert_idle()
@@ -264,7 +266,7 @@ def test_thirty_streams_of_a_process_that_is_killed_leave_nothing(served):
 
 @contextmanager
 def unread(served: Served) -> Iterator[Wire]:
-    """An answer of which nothing is read, and which is longer than what can be sent unread."""
+    """Request an answer longer than all buffers, and do not read the answer."""
     (listening,) = served.server.servers[0].sockets
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with Wire(served.port, buffer=4096) as wire:
@@ -273,27 +275,27 @@ def unread(served: Served) -> Iterator[Wire]:
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_who_reads_nothing_holds_nobody_up_and_has_no_more_time_than_others(llm, hello, leaves):
+def test_an_unread_answer_delays_no_other_request_and_times_out(llm, hello, leaves):
     timeout = 600.0 if leaves else 6.0
     with own_server(llm, hello, timeout=timeout) as server, unread(server) as wire:
         until(lambda: server.engine.stats.generated >= 200)
-        assert server.service.room.taken == 2
+        assert server.service.slots.taken == 2
         assert ask(server.port, COMPLETE, HELLO).text == hello
         if leaves:
             wire.close()
         server.assert_idle()
 
 
-def test_a_connection_on_which_nothing_is_read_is_ended(llm, hello, monkeypatch):
-    monkeypatch.setattr("llama32.serve.server.PATIENCE", 0.3)
+def test_a_connection_with_an_unread_answer_is_closed(llm, hello, monkeypatch):
+    monkeypatch.setattr("llama32.serve.server.IDLE_SECONDS", 0.3)
     with own_server(llm, hello) as server, unread(server):
         until(lambda: server.engine.stats.generated)
         until(lambda: not server.server.server_state.connections)
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1", head("GET", "/health", {}) + b"GET /"])
-def test_a_connection_on_which_nothing_comes_is_ended(served, monkeypatch, sent):
-    monkeypatch.setattr("llama32.serve.server.PATIENCE", 0.3)
+def test_an_idle_connection_is_closed(served, monkeypatch, sent):
+    monkeypatch.setattr("llama32.serve.server.IDLE_SECONDS", 0.3)
     with Wire(served.port) as wire:
         wire.send(sent)
         assert not sent.endswith(b"GET /") or wire.answer().status == 200
@@ -301,10 +303,10 @@ def test_a_connection_on_which_nothing_comes_is_ended(served, monkeypatch, sent)
         assert wire.is_closed()
 
 
-# Too many, too long
+# Limits
 
 
-def test_more_than_there_is_room_for_are_told_to_come_later(llm, served, hello):
+def test_requests_beyond_the_queue_get_status_429(llm, served, hello):
     bodies = [
         HELLO | {"prompt": text, "max_tokens": 8, "temperature": 1, "seed": 1, "stream": True}
         for text in ("Once", "One day", "The cat")
@@ -317,13 +319,15 @@ def test_more_than_there_is_room_for_are_told_to_come_later(llm, served, hello):
             assert (answer.status, answer.headers["retry-after"]) == (429, "1")
             assert answer.error["code"] == "rate_limit_exceeded"
             answer = ask(server.port, COMPLETE, HELLO | {"n": 4})
-            assert (answer.status, "room for 3" in answer.error["message"]) == (400, True)
+            assert (answer.status, "allowed: 3" in answer.error["message"]) == (400, True)
             assert get(server.port, "/health").status == 200
         assert [wire.answer().text for wire in opened] == expected
 
 
-def test_who_comes_when_there_is_no_room_costs_nothing(llm, served, hello, monkeypatch):
-    """Not even the reading of what was asked."""
+def test_a_request_without_a_free_slot_is_refused_before_preparation(
+    llm, served, hello, monkeypatch
+):
+    """The server does not even tokenize the prompt."""
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
     with (
         own_server(llm, hello, max_running=1, queue=0) as server,
@@ -331,7 +335,7 @@ def test_who_comes_when_there_is_no_room_costs_nothing(llm, served, hello, monke
         wires(server, LONG),
         monkeypatch.context() as patch,
     ):
-        patch.setattr(server.service, "think", None)
+        patch.setattr(server.service, "run_in_thread", None)
         for path, body in ((COMPLETE, HELLO), (CHAT, chat)):
             assert ask(server.port, path, body).status == 429
             assert ask(server.port, path, body | {"n": 2}).status == 400
@@ -339,7 +343,7 @@ def test_who_comes_when_there_is_no_room_costs_nothing(llm, served, hello, monke
 
 @pytest.mark.parametrize("after", [0, 6])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_takes_too_long_ends_with_an_error(llm, served, hello, after, stream):
+def test_a_slow_request_ends_with_an_error(llm, served, hello, after, stream):
     with own_server(llm, hello, timeout=1.0) as server:
         with halted(llm, after):
             answer = ask(server.port, COMPLETE, LONG | {"stream": stream})
@@ -355,12 +359,12 @@ def test_what_takes_too_long_ends_with_an_error(llm, served, hello, after, strea
 # The model
 
 
-@pytest.mark.parametrize("at", [2, 8])
-def test_when_the_model_fails_all_are_told_and_the_server_says_that_it_is_ill(llm, served, at):
+@pytest.mark.parametrize("failing_call", [2, 8])
+def test_a_failing_model_ends_all_requests_and_fails_the_health_check(llm, served, failing_call):
     def fail(number: int) -> None:
         if number == 0:
-            until(lambda: served.service.room.taken == 4)
-        if number == at:
+            until(lambda: served.service.slots.taken == 4)
+        if number == failing_call:
             raise RuntimeError("out of memory")
 
     with hooked(llm, fail), ExitStack() as stack:
@@ -381,28 +385,28 @@ def test_when_the_model_fails_all_are_told_and_the_server_says_that_it_is_ill(ll
 
 
 @contextmanager
-def spoiling(llm: LLM) -> Iterator[set[int]]:
-    """Tokens that are not numbers to the model, as long as they are in this set."""
-    ill = {7}
+def nan_embeddings(llm: LLM) -> Iterator[set[int]]:
+    """Yield a set of token ids; their embeddings are NaN while in the set."""
+    nan_ids = {7}
 
-    def spoil(_: Any, given: Any, embedded: torch.Tensor) -> torch.Tensor:
-        is_ill = torch.isin(given[0], torch.tensor([*ill], dtype=torch.long))
-        return torch.where(is_ill[..., None], torch.nan, embedded)
+    def insert_nan(_: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        is_nan = torch.isin(inputs[0], torch.tensor([*nan_ids], dtype=torch.long))
+        return torch.where(is_nan[..., None], torch.nan, embedded)
 
-    handle = llm.model.embed.register_forward_hook(spoil)
+    handle = llm.model.embed.register_forward_hook(insert_nan)
     try:
-        yield ill
+        yield nan_ids
     finally:
         handle.remove()
 
 
-def test_a_row_that_is_not_finite_fails_alone(llm, served, hello):
-    """And those that come into its pages are none the worse for what was in them."""
-    with own_server(llm, hello, cache_tokens=1024) as server, spoiling(llm):
+def test_a_request_with_nan_logits_fails_alone(llm, served, hello):
+    """Later requests that reuse the pages are not affected."""
+    with own_server(llm, hello, cache_tokens=1024) as server, nan_embeddings(llm):
         for number in range(3):
             with wires(server, HELLO) as (good,):
-                spoilt = HELLO | {"prompt": [number, *range(100, 200), 7, 7]}
-                answer = ask(server.port, COMPLETE, spoilt)
+                body = HELLO | {"prompt": [number, *range(100, 200), 7, 7]}
+                answer = ask(server.port, COMPLETE, body)
                 assert (answer.status, answer.error["type"]) == (500, "server_error")
                 assert good.answer().text == hello
         assert get(server.port, "/health").status == 200
@@ -410,27 +414,27 @@ def test_a_row_that_is_not_finite_fails_alone(llm, served, hello):
         assert ask(server.port, COMPLETE, HELLO | all_pages).status == 200
 
 
-def test_what_was_not_finite_is_no_beginning_of_another_request(llm, served):
+def test_pages_with_nan_are_not_reused(llm, served):
     prompt = [7, *range(100, 250)]
-    with spoiling(llm) as ill:
+    with nan_embeddings(llm) as nan_ids:
         assert ask(served.port, COMPLETE, HELLO | {"prompt": prompt}).status == 500
-        ill.clear()
+        nan_ids.clear()
         assert ask(served.port, COMPLETE, HELLO | {"prompt": prompt}).status == 200
 
 
-# Who may ask, and what is written down
+# Access and logs
 
 
-def test_without_the_key_nothing_but_health_and_the_page_is_open(llm, served, hello):
+def test_without_the_key_only_health_and_the_page_are_open(llm, served, hello):
     with own_server(llm, hello, api_key="sesame") as server:
-        asked = [
+        operations = [
             (method.upper(), path)
             for path, methods in server.server.config.app.openapi()["paths"].items()
             for method in methods
             if path != "/health"
         ]
-        assert len(asked) >= 8
-        for method, path in asked:
+        assert len(operations) >= 8
+        for method, path in operations:
             for key in ("", "Bearer", "Bearer wrong", "Basic sesame", "Bearer \xff", "sesame"):
                 headers = JSON | {"Authorization": key, "Content-Length": "1"}
                 with Wire(server.port) as wire:
@@ -445,13 +449,13 @@ def test_without_the_key_nothing_but_health_and_the_page_is_open(llm, served, he
         assert get(server.port, "/").status == get(server.port, "/health").status == 200
 
 
-def test_nothing_is_read_of_those_who_have_no_key(llm, served, hello):
+def test_without_the_key_the_body_is_not_read(llm, served, hello):
     with own_server(llm, hello, api_key="sesame") as server, Wire(server.port) as wire:
         wire.send(head("POST", CHAT, JSON | {"Content-Length": f"{100 * MB}"}))
         assert wire.answer().status == 401
 
 
-def test_pages_of_other_sites_are_let_in_by_name_only(llm, served, hello):
+def test_only_listed_sites_pass_cors(llm, served, hello):
     site, other = {"Origin": "https://good.example"}, {"Origin": "https://evil.example"}
     preflight = {"Access-Control-Request-Method": "POST"}
     with own_server(llm, hello, cors_origin=["https://good.example"]) as server:
@@ -468,12 +472,12 @@ def test_pages_of_other_sites_are_let_in_by_name_only(llm, served, hello):
                 assert answer.headers["access-control-allow-origin"] == allowed
 
 
-@pytest.mark.parametrize("is_wanted", [False, True])
-def test_the_log_has_texts_in_it_only_where_that_is_wanted(llm, served, hello, caplog, is_wanted):
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_the_log_has_texts_only_with_log_prompts(llm, served, hello, caplog, log_prompts):
     body = HELLO | {"prompt": "The xylophone", "max_tokens": 9}
-    with own_server(llm, hello, log_prompts=is_wanted) as server, caplog.at_level(logging.INFO):
+    with own_server(llm, hello, log_prompts=log_prompts) as server, caplog.at_level(logging.INFO):
         answer = ask(server.port, COMPLETE, body).text
         for wrong in ({"model": "xylophone"}, {"stop": [["xylophone"]]}, {"xylophone": 1}):
             assert ask(server.port, COMPLETE, body | wrong).error
     assert "9 generated" in caplog.text
-    assert (answer in caplog.text) == ("xylophone" in caplog.text) == is_wanted
+    assert (answer in caplog.text) == ("xylophone" in caplog.text) == log_prompts

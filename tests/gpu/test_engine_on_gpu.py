@@ -1,5 +1,5 @@
-"""The engine on a GPU: graphs, and the law of invariance. Skipped without CUDA; not yet run on a
-GPU."""
+"""The engine on a GPU: CUDA graphs and batch invariance. Skipped without CUDA; not yet run on
+a GPU."""
 
 import random
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from llama32.engine.draft import DraftModel
+from llama32.engine.draft_model import DraftModel
 from llama32.engine.engine import Engine
-from llama32.engine.lookup import PromptLookup
+from llama32.engine.prompt_lookup import PromptLookup
 from llama32.engine.settings import EngineSettings
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.checkpoints import first_layers, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -34,8 +34,8 @@ def prompts() -> Prompts:
 
 
 def run(engine: Engine, prompts: Prompts) -> list[list]:
-    drawn = Sampling(temperature=0.8, seed=1, max_new_tokens=40, logprobs=1, ignore_eos=True)
-    requests = [engine.add(prompt, drawn) for prompt in prompts]
+    sampling = Sampling(temperature=0.8, seed=1, max_new_tokens=40, logprobs=1, ignore_eos=True)
+    requests = [engine.add(prompt, sampling) for prompt in prompts]
     while engine.is_busy:
         engine.step()
     return [[(t.id, t.logprobs.chosen) for t in request.tokens] for request in requests]
@@ -48,7 +48,7 @@ def make(model: Llama, **settings) -> Engine:
 
 def test_graphs_give_the_bits_of_eager_steps_of_the_same_rows(model, prompts):
     graphs, eager = (make(model, deterministic=False, cuda_graphs=True) for _ in range(2))
-    eager._runner._graphs = None  # the same shapes, nothing recorded
+    eager._runner._graphs = None  # the same shapes, without graphs
     assert run(graphs, prompts) == run(eager, prompts)
     assert graphs._runner._graphs
 
@@ -63,11 +63,11 @@ def test_graphs_are_captured_when_they_are_first_needed_and_then_replayed(model,
 
 
 def test_a_step_that_replays_a_graph_more_than_once_loses_no_row(model, prompts):
-    """More rows of replayed answers than the largest graph has."""
+    """A replay has more rows than the largest graph."""
     engine, crowded = (make(model, deterministic=True, max_running=2) for _ in range(2))
     expected = run(engine, prompts[-2:])
-    drawn = Sampling(temperature=0.8, seed=1, max_new_tokens=40, logprobs=1, ignore_eos=True)
-    requests = [crowded.add(prompt, drawn) for prompt in prompts[-2:]]
+    sampling = Sampling(temperature=0.8, seed=1, max_new_tokens=40, logprobs=1, ignore_eos=True)
+    requests = [crowded.add(prompt, sampling) for prompt in prompts[-2:]]
     while min(len(request.output) for request in requests) < 30:
         crowded.step()
     crowded.scheduler._preempt(requests[1])
@@ -78,12 +78,12 @@ def test_a_step_that_replays_a_graph_more_than_once_loses_no_row(model, prompts)
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_a_request_has_the_same_bits_in_any_company(model, prompts, cuda_graphs):
+def test_a_request_has_the_same_bits_in_any_batch(model, prompts, cuda_graphs):
     settings = {"deterministic": True, "cuda_graphs": cuda_graphs}
-    alone = [outcome for one in prompts for outcome in run(make(model, **settings), [one])]
+    alone = [outcome for prompt in prompts for outcome in run(make(model, **settings), [prompt])]
     together = make(model, **settings)
     assert run(together, prompts) == alone
-    assert run(together, prompts) == alone  # and with their beginnings found in the cache
+    assert run(together, prompts) == alone  # with prefix hits
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft model"])
@@ -100,6 +100,8 @@ def test_without_flash_attention_determinism_goes_without_graphs(prompts):
     engine = make(model, deterministic=True)
     assert engine._runner._graphs is None
     alone = [
-        outcome for one in prompts[:4] for outcome in run(make(model, deterministic=True), [one])
+        outcome
+        for prompt in prompts[:4]
+        for outcome in run(make(model, deterministic=True), [prompt])
     ]
     assert run(engine, prompts[:4]) == alone

@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from llama32 import paged
-from llama32.attention import eager, fused, one_by_one
-from llama32.batch import Batch, Span
-from llama32.cache import PagedCache
-from llama32.flash import fastest, flash
+from llama32.attention import eager, fused, per_document
+from llama32.cache import paged_attention
+from llama32.cache.batch import Batch, Span
+from llama32.cache.flash_attention import flash, select_backend
+from llama32.cache.kv_cache import PagedCache
 from llama32.generate import generate
-from llama32.settings import Sampling
-from llama32.train.documents import Documents
+from llama32.sampling_params import Sampling
+from llama32.train.document_attention import DocumentAttention
 from tests.checkpoints import random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -41,7 +41,7 @@ def test_flash_over_pages_equals_eager(spans, H, D):
     batch = Batch.pack(spans, 128, "cuda")
     q = random(len(batch.tokens), H, D, seed=0)
     keys, values = random(16, 128, 8, D, seed=1), random(16, 128, 8, D, seed=2)
-    expected = paged.eager(q, keys, values, batch)
+    expected = paged_attention.eager_per_sequence(q, keys, values, batch)
     close(flash(q, keys, values, batch), expected)
 
 
@@ -83,9 +83,9 @@ def test_fused_equals_eager_on_cuda(T, S):
 
 def test_the_fastest_form_on_a_recent_gpu_is_flash():
     device = torch.device("cuda")
-    assert fastest(device, torch.bfloat16, 64, 128) is flash
-    assert fastest(device, torch.float32, 64, 128) is paged.fused
-    assert fastest(device, torch.bfloat16, 64, 256) is paged.fused
+    assert select_backend(device, torch.bfloat16, 64, 128) is flash
+    assert select_backend(device, torch.float32, 64, 128) is paged_attention.sdpa_per_sequence
+    assert select_backend(device, torch.bfloat16, 64, 256) is paged_attention.sdpa_per_sequence
 
 
 def test_generation_on_cuda_gives_the_tokens_of_the_cpu_in_fp32():
@@ -103,11 +103,11 @@ def test_a_bf16_model_generates_through_flash_as_through_eager():
     model = random_model(tiny_config(head_dim=64, vocab_size=100), dtype=torch.bfloat16).cuda()
     tokens = torch.randint(100, (700,)).tolist()
     logits = []
-    for attend in (flash, paged.eager):
+    for attend in (flash, paged_attention.eager_per_sequence):
         cache = PagedCache(model.config, 6, dtype=torch.bfloat16, device="cuda", attend=attend)
         batch = Batch.pack([Span(tokens, 0, [0, 1, 2, 3, 4, 5])], cache.page_size, "cuda")
         with torch.no_grad():
-            logits.append(model(batch.tokens, batch.positions, cache.attends(batch)).float())
+            logits.append(model(batch.tokens, batch.positions, cache.attention_fns(batch)).float())
     torch.testing.assert_close(*logits, atol=0.25, rtol=0.05)
 
 
@@ -115,7 +115,10 @@ def test_a_bf16_model_generates_through_flash_as_through_eager():
 def test_documents_end_to_end_and_their_gradients_equal_eager_one_by_one(H, D):
     lengths = (300, 1, 64, 129)
     found = []
-    for attend in (Documents(lengths), partial(one_by_one, lengths=lengths, attend=eager)):
+    for attend in (
+        DocumentAttention(lengths),
+        partial(per_document, lengths=lengths, attend=eager),
+    ):
         q, k, v = (
             random(sum(lengths), heads, D, seed=i).requires_grad_()
             for i, heads in enumerate((H, 8, 8))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llama32 import Engine, EngineSettings, Sampling
-from llama32.adapt.optimize import optimize
-from llama32.adapt.packed_gpu import CUDAFloat8Linear, CUDAInt4Linear, CUDAInt8Linear
-from llama32.adapt.quantize import quantize
-from llama32.adapt.quantized import Float8Linear, Int4Linear, Int8Linear
+from llama32.kernels.autotune import optimize
+from llama32.kernels.packed_cuda import CUDAFloat8Linear, CUDAInt4Linear, CUDAInt8Linear
+from llama32.quantization.quantize import quantize
+from llama32.quantization.quantized_linear import Float8Linear, Int4Linear, Int8Linear
 from tests.checkpoints import random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -24,8 +24,8 @@ PAIRS = [
 
 def packed(plain: Any, form: Any, columns: int = 256) -> tuple[Any, Any]:
     draw = torch.Generator().manual_seed(0)
-    layer = plain.of(torch.randn(384, columns, generator=draw)).cuda()
-    if not form.fits(layer):
+    layer = plain.from_float(torch.randn(384, columns, generator=draw)).cuda()
+    if not form.supports(layer):
         pytest.skip("not on this GPU")
     return layer, form(layer)
 
@@ -45,7 +45,7 @@ def test_fine_activations_leave_only_the_rounding_of_the_result():
     layer, _ = packed(Int8Linear, CUDAInt8Linear)
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).cuda()
     wanted = x @ layer.dequantized().mT
-    assert (CUDAInt8Linear(layer, fine=True)(x) - wanted).norm() <= 2e-4 * wanted.norm()
+    assert (CUDAInt8Linear(layer, residual=True)(x) - wanted).norm() <= 2e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("columns", [32, 64, 96, 128, 160])

@@ -1,4 +1,4 @@
-"""The same answer in any company, for layers in every form that a CPU has."""
+"""Batch invariance with every kernel of a CPU."""
 
 import random
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from llama32 import load_model
-from llama32.adapt import optimize as module
-from llama32.adapt.optimize import FORMS
-from llama32.adapt.quantize import SCHEMES
 from llama32.engine.engine import Engine
 from llama32.engine.settings import EngineSettings
+from llama32.kernels import autotune as module
+from llama32.kernels.autotune import KERNELS
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.quantization.quantize import SCHEMES
+from llama32.sampling_params import Sampling
 
 
 def model_in(form: type, monkeypatch) -> Llama:
-    """tiny with all layers in that form; skips where there are none that it fits."""
-    monkeypatch.setattr(module, "FORMS", (form,))
-    monkeypatch.setattr(module, "time_of", lambda parts, x: float(type(parts[0]) is not form))
+    """Return tiny with a kernel in all layers; skip if the machine lacks the kernel."""
+    monkeypatch.setattr(module, "KERNELS", (form,))
+    monkeypatch.setattr(module, "time_products", lambda parts, x: float(type(parts[0]) is not form))
     for scheme in (None, *SCHEMES):
         model = load_model("tiny", dtype=torch.bfloat16, quantize=scheme, optimize=True)
         if sum(type(part) is form for part in model.modules()) > 20:
@@ -27,9 +27,9 @@ def model_in(form: type, monkeypatch) -> Llama:
 
 
 def outcomes(model: Llama, **given) -> tuple[list, list]:
-    """Of requests of many kinds: of each alone, and of all together."""
+    """Return the outcomes of many kinds of requests, each alone and all together."""
     r = random.Random(3)
-    asked = [
+    inputs = [
         (
             [r.randrange(2000) for _ in range(r.choice([1, 2, 63, 64, 65, 100, 130]))],
             Sampling(
@@ -40,19 +40,19 @@ def outcomes(model: Llama, **given) -> tuple[list, list]:
     ]
 
     def run(engine: Engine, some: list) -> list:
-        requests = [engine.add(*one) for one in some]
+        requests = [engine.add(*request_input) for request_input in some]
         while engine.is_busy:
             engine.step()
         return [[(t.id, t.logprobs) for t in request.tokens] for request in requests]
 
     settings = EngineSettings(deterministic=True, cache_tokens=64 * 128, **given)
     alone = []
-    for one in asked:
-        alone += run(Engine.of(model, settings), [one])
-    return alone, run(Engine.of(model, settings), asked)
+    for request_input in inputs:
+        alone += run(Engine.of(model, settings), [request_input])
+    return alone, run(Engine.of(model, settings), inputs)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", KERNELS, ids=lambda form: form.__name__)
 def test_alone_is_among_neighbours_in_every_form(form, monkeypatch):
     alone, together = outcomes(model_in(form, monkeypatch))
     assert together == alone

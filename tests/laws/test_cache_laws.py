@@ -1,21 +1,26 @@
-"""Equalities of the cached forward pass. Exact where both sides multiply the same shapes; where
-they do not (one row against many), to the rounding of fp32."""
+"""Equalities of the cached forward pass: exact if both sides multiply the same shapes, otherwise
+(a single row against many rows) to the rounding of fp32."""
 
 import pytest
 import torch
 
-from llama32 import attention, paged
-from llama32.batch import Batch, Span
-from llama32.cache import PagedCache
+from llama32 import attention
+from llama32.cache import paged_attention
+from llama32.cache.batch import Batch, Span
+from llama32.cache.kv_cache import PagedCache
 from llama32.generate import generate
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.checkpoints import random_model, tiny_config
+from tests.closeness import assert_near
 
-ROUNDED = {"atol": 5e-5, "rtol": 0}  # logits are of the order of 4
+ROUNDED = {"within": 1e-5}
 TOKENS = torch.randint(100, (41,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-@pytest.fixture(params=[paged.eager, paged.fused], ids=["eager", "fused"])
+@pytest.fixture(
+    params=[paged_attention.eager_per_sequence, paged_attention.sdpa_per_sequence],
+    ids=["eager", "fused"],
+)
 def attend(request):
     return request.param
 
@@ -25,7 +30,9 @@ def model():
     return random_model(tiny_config(vocab_size=100))
 
 
-def make_cache(model, page_size: int = 16, attend=paged.fused, num_pages: int = 16) -> PagedCache:
+def make_cache(
+    model, page_size: int = 16, attend=paged_attention.sdpa_per_sequence, num_pages: int = 16
+) -> PagedCache:
     return PagedCache(
         model.config, num_pages, page_size, dtype=model.norm.weight.dtype, attend=attend
     )
@@ -33,13 +40,13 @@ def make_cache(model, page_size: int = 16, attend=paged.fused, num_pages: int = 
 
 @torch.no_grad()
 def run(model, cache: PagedCache, tokens: list[int], cuts: list[int], pages=None) -> torch.Tensor:
-    """Logits of every token, sent through the cache in pieces that end at `cuts`."""
+    """Return the logits of all tokens, computed through the cache in pieces that end at `cuts`."""
     pages = [] if pages is None else pages
     logits, start = [], 0
     for end in [*cuts, len(tokens)]:
         cache.grow(pages, end)
         batch = Batch.pack([Span(tokens[start:end], start, pages)], cache.page_size)
-        logits.append(model(batch.tokens, batch.positions, cache.attends(batch)))
+        logits.append(model(batch.tokens, batch.positions, cache.attention_fns(batch)))
         start = end
     return torch.cat(logits)
 
@@ -49,7 +56,7 @@ def test_cached_equals_uncached(model, attend):
         uncached = model(torch.tensor([TOKENS]))[0]
     for cuts in ([], list(range(1, len(TOKENS))), [1, 2, 30]):
         cached = run(model, make_cache(model, attend=attend), TOKENS, cuts)
-        torch.testing.assert_close(cached, uncached, **ROUNDED)
+        assert_near(cached, uncached, **ROUNDED)
 
 
 def test_a_prompt_in_one_piece_is_bitwise_the_uncached_one(model):
@@ -63,7 +70,7 @@ def test_a_prompt_in_chunks_equals_the_whole(model, attend, chunk):
     whole = run(model, make_cache(model, attend=attend), TOKENS, [])
     cuts = list(range(chunk, len(TOKENS), chunk))
     chunked = run(model, make_cache(model, attend=attend), TOKENS, cuts)
-    torch.testing.assert_close(chunked, whole, **ROUNDED)
+    assert_near(chunked, whole, **ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,7 +87,7 @@ def test_which_pages_a_sequence_has_is_irrelevant_to_the_last_bit(attend):
     model = random_model(tiny_config(vocab_size=100))
     in_a_row = run(model, make_cache(model, 4, attend), TOKENS, [20, 21])
     scattered = make_cache(model, 4, attend)
-    scattered.keys.fill_(9.0)  # what others left there is never read
+    scattered.keys.fill_(9.0)  # old contents are never read
     pages = [9, 3, 4, 15, 0, 1, 2, 11, 5, 7, 6]
     assert torch.equal(run(model, scattered, TOKENS, [20, 21], pages), in_a_row)
 
@@ -92,11 +99,13 @@ def test_packed_sequences_equal_each_alone(model, attend):
     batch = Batch.pack([Span(s, 0, [page]) for page, s in enumerate(sequences)], 16)
     cache = make_cache(model, attend=attend)
     with torch.no_grad():
-        packed = model(batch.tokens, batch.positions, cache.attends(batch))
-        rows = model(batch.tokens, batch.positions, cache.attends(batch), rows=batch.last)
+        packed = model(batch.tokens, batch.positions, cache.attention_fns(batch))
+        rows = model(
+            batch.tokens, batch.positions, cache.attention_fns(batch), logits_at=batch.last_tokens
+        )
     for ours, expected in zip(packed.split(lengths), alone, strict=True):
-        torch.testing.assert_close(ours, expected, **ROUNDED)
-    torch.testing.assert_close(rows, packed[batch.last], **ROUNDED)
+        assert_near(ours, expected, **ROUNDED)
+    assert_near(rows, packed[batch.last_tokens], **ROUNDED)
 
 
 def test_packed_equals_padded_to_the_last_bit():
@@ -106,7 +115,7 @@ def test_packed_equals_padded_to_the_last_bit():
     batch = Batch.pack([Span(s, 0, [page]) for page, s in enumerate(pair)], 16)
     cache = make_cache(model)
     with torch.no_grad():
-        packed = model(batch.tokens, batch.positions, cache.attends(batch))
+        packed = model(batch.tokens, batch.positions, cache.attention_fns(batch))
         padded = model(torch.tensor(pair))
     assert torch.equal(packed.unflatten(0, (2, 16)), padded)
 

@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, in whichever layout, and loading it takes no more memory."""
+"""Checkpoints load as saved, in both layouts, and loading takes no extra memory."""
 
 import dataclasses
 import json
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import llama32
-from llama32.adapt.quantize import SCHEMES, quantize
-from llama32.checkpoint import inspect, load_model
+from llama32.checkpoint.reader import inspect, read_model
+from llama32.checkpoint.writer import save
 from llama32.model import Llama
-from llama32.saving import save
+from llama32.quantization.quantize import SCHEMES, quantize
 from tests.checkpoints import LLAMA3, edit_json, edit_tensors, random_model, tiny_config, write_meta
 
 SHAPES = {
@@ -34,7 +34,7 @@ def model(request) -> Llama:
 def test_save_then_load_is_the_identity(model, dtype, tmp_path):
     model = model.to(dtype)
     save(model, tmp_path, max_shard_bytes=60_000)
-    loaded = load_model(tmp_path)
+    loaded = read_model(tmp_path)
     spelled = str(dtype).removeprefix("torch.")
     assert loaded.config == dataclasses.replace(model.config, dtype=spelled)
     weights = dict(loaded.named_parameters())
@@ -47,12 +47,12 @@ def test_save_then_load_is_the_identity(model, dtype, tmp_path):
 def test_special_tokens_come_back(ends, tmp_path):
     config = tiny_config(bos_token_id=None, eos_token_ids=ends)
     save(random_model(config), tmp_path)
-    assert load_model(tmp_path).config == config
+    assert read_model(tmp_path).config == config
 
 
 def test_load_then_save_writes_the_same_bytes(model, tmp_path):
     save(model, tmp_path / "a")
-    save(load_model(tmp_path / "a"), tmp_path / "b")
+    save(read_model(tmp_path / "a"), tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
@@ -64,14 +64,14 @@ def test_metas_layout_gives_the_same_logits_as_the_hubs(model, num_shards, embed
     save(model, tmp_path / "hub")
     write_meta(model, tmp_path / "meta", num_shards=num_shards, embed_axis=embed_axis)
     factor = LLAMA3.factor if model.config.rope_scaling else None
-    hub = load_model(tmp_path / "hub")
-    meta = load_model(tmp_path / "meta", rope_factor=factor)
+    hub = read_model(tmp_path / "hub")
+    meta = read_model(tmp_path / "meta", rope_factor=factor)
     assert torch.equal(meta(TOKENS), hub(TOKENS))
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 def test_a_trained_model_gives_its_published_text_from_both_layouts(reference, layout):
-    model = load_model(reference / "stories260K" / layout)
+    model = read_model(reference / "stories260K" / layout)
     expected = json.loads((reference / "stories260K" / "expected.json").read_text())
     ids = expected["greedy_ids_from_bos"]
     with torch.no_grad():
@@ -79,15 +79,15 @@ def test_a_trained_model_gives_its_published_text_from_both_layouts(reference, l
 
 
 def test_both_layouts_of_a_trained_model_give_the_same_logits(reference):
-    hub, meta = (load_model(reference / "stories260K" / layout) for layout in ("hf", "meta"))
+    hub, meta = (read_model(reference / "stories260K" / layout) for layout in ("hf", "meta"))
     assert torch.equal(hub(TOKENS), meta(TOKENS))
 
 
 MEASURE = """
 import os, re, sys
 import torch
-from llama32.adapt.quantize import quantize
-from llama32.checkpoint import load_model
+from llama32.quantization.quantize import quantize
+from llama32.checkpoint.reader import read_model
 
 def resident(key):
     with open("/proc/self/status") as status:
@@ -96,9 +96,9 @@ def resident(key):
 warm_up, *cases = sys.argv[1:]
 for folder, dtype in zip(cases[::2], cases[1::2]):
     if os.fork() == 0:  # no memory that an earlier case left free
-        load_model(warm_up)
+        read_model(warm_up)
         before = resident("VmRSS")
-        model = load_model(folder, dtype=getattr(torch, dtype))
+        model = read_model(folder, dtype=getattr(torch, dtype))
         print(resident("VmHWM") - before, flush=True)
         os._exit(0)
     os.wait()
@@ -144,7 +144,7 @@ def test_a_quantized_model_is_loaded_as_it_was_saved(scheme, tied, dtype, tmp_pa
     model = random_model(tiny_config(tie_word_embeddings=tied, **sizes), dtype=dtype)
     quantize(model, scheme)
     save(model, tmp_path, max_shard_bytes=30_000)
-    loaded = load_model(tmp_path)
+    loaded = read_model(tmp_path)
     assert loaded.config == dataclasses.replace(
         model.config, dtype=str(dtype).removeprefix("torch."), quantization=scheme
     )
@@ -158,7 +158,7 @@ def test_quantizing_while_loading_is_quantizing_what_was_loaded(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     save(random_model(tiny_config(**sizes)), tmp_path)
     at_once = llama32.load_model(tmp_path, quantize="int4")
-    assert torch.equal(at_once(TOKENS), quantize(load_model(tmp_path), "int4")(TOKENS))
+    assert torch.equal(at_once(TOKENS), quantize(read_model(tmp_path), "int4")(TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is_said_of_quantization_is_checked_like_all_else(said, message, tm
     save(quantize(random_model(tiny_config()), "int8"), tmp_path)
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "llama32"} | said)
     with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 def test_a_quantized_weight_that_holds_floats_is_refused(tmp_path):
@@ -182,11 +182,11 @@ def test_a_quantized_weight_that_holds_floats_is_refused(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name].float()}))
     with pytest.raises(ValueError, match=f"{name} in float32, but config.json says int8"):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 def test_a_checkpoint_of_another_quantizer_is_refused_by_name(tmp_path):
     save(quantize(random_model(tiny_config()), "int8"), tmp_path)
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match="only weights quantized by llama32 load"):
-        load_model(tmp_path)
+        read_model(tmp_path)

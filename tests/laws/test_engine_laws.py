@@ -1,5 +1,5 @@
-"""The same answer in any company: tokens and logprobs of a request are bitwise those that it gets
-alone, whatever else the engine does meanwhile, and whatever is drafted."""
+"""Batch invariance: tokens and log-probabilities of a request have the same bits as alone, in every
+batch, after preemption, with prefix hits and with drafts."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from llama32 import load, load_model
-from llama32.engine.draft import DraftModel
+from llama32.cache.flash_attention import flash
+from llama32.engine.batch_invariance import CallPlanner
+from llama32.engine.draft_model import DraftModel
 from llama32.engine.engine import Engine
-from llama32.engine.lookup import PromptLookup
+from llama32.engine.prompt_lookup import PromptLookup
 from llama32.engine.request import Request
-from llama32.engine.rows import Rows
 from llama32.engine.settings import EngineSettings, Speculation
-from llama32.flash import flash
 from llama32.generate import generate
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.checkpoints import first_layers
-from tests.kernels import slow_kernel
+from tests.fake_kernels import slow_kernel
 
 NUM_REQUESTS = 64
 
 
-class Asked(NamedTuple):
+class RequestInput(NamedTuple):
     prompt: list[int]
     sampling: Sampling
 
@@ -37,9 +37,9 @@ def model(request) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Asked]:
-    """Requests of all lengths and kinds: greedy and drawn, around the borders of blocks and pages,
-    some with a page in common with others, and one that says the same again and again."""
+def inputs() -> list[RequestInput]:
+    """Requests of many lengths and kinds: greedy and sampled, at the borders of tiles and pages,
+    some with a common page, and a prompt that repeats itself."""
     r = random.Random(5)
     common = [r.randrange(2000) for _ in range(130)]
     again = load("tiny").encode("They climbed the tree. " * 20)
@@ -57,7 +57,7 @@ def asked() -> list[Asked]:
             logprobs=2,
             ignore_eos=True,
         )
-        requests.append(Asked(common + own if i % 4 == 1 else own, sampling))
+        requests.append(RequestInput(common + own if i % 4 == 1 else own, sampling))
     return requests
 
 
@@ -66,9 +66,11 @@ def make_engine(model: Llama, **settings) -> Engine:
     return Engine.of(model, EngineSettings(**given))
 
 
-def run(engine: Engine, asked: Sequence[Asked], each_step: Callable = lambda: None) -> list[list]:
-    """What each request got, bit for bit: ids and logprobs."""
-    requests = [engine.add(*one) for one in asked]
+def run(
+    engine: Engine, inputs: Sequence[RequestInput], each_step: Callable = lambda: None
+) -> list[list]:
+    """Return the ids and log-probabilities of each request, bit for bit."""
+    requests = [engine.add(*request_input) for request_input in inputs]
     while engine.is_busy:
         engine.step()
         each_step()
@@ -80,69 +82,71 @@ def outcome(request: Request) -> list:
     return [(token.id, token.logprobs.chosen, token.logprobs.top) for token in request.tokens]
 
 
-ALONE: dict[torch.dtype, list[list]] = {}  # computed once, however the tests are ordered
+ALONE: dict[torch.dtype, list[list]] = {}  # computed once, in any order of the tests
 
 
 @pytest.fixture
-def alone(model, asked) -> list[list]:
-    """Each in an engine that does nothing else, with nothing in its cache."""
+def alone(model, inputs) -> list[list]:
+    """Outcomes of each request alone, with an empty cache."""
     dtype = model.norm.weight.dtype
     if dtype not in ALONE:
         engine = make_engine(model)
         outcomes: list[list] = []
-        for one in asked:
-            outcomes += run(engine, [one])
+        for request_input in inputs:
+            outcomes += run(engine, [request_input])
             engine.forget_prefixes()
         ALONE[dtype] = outcomes
     return ALONE[dtype]
 
 
 @pytest.mark.parametrize("neighbours", [1, 7, 63])
-def test_alone_is_among_neighbours(model, asked, alone, neighbours):
+def test_alone_is_among_neighbours(model, inputs, alone, neighbours):
     engine = make_engine(model)
     for first in range(0, NUM_REQUESTS, neighbours + 1):
         together = slice(first, first + neighbours + 1)
-        assert run(engine, asked[together]) == alone[together]
+        assert run(engine, inputs[together]) == alone[together]
         engine.forget_prefixes()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_alone_is_in_any_order_of_arrival(model, asked, alone, seed):
+def test_alone_is_in_any_order_of_arrival(model, inputs, alone, seed):
     engine = make_engine(model, max_running=20)
     r = random.Random(seed)
     order = r.sample(range(NUM_REQUESTS), NUM_REQUESTS)
     requests: dict[int, Request] = {}
     while len(requests) < NUM_REQUESTS or engine.is_busy:
         for i in order[len(requests) :][: r.choice([0, 0, 1, 5])]:
-            requests[i] = engine.add(*asked[i])
+            requests[i] = engine.add(*inputs[i])
         engine.step()
     assert [outcome(requests[i]) for i in range(NUM_REQUESTS)] == alone
 
 
-def test_a_prefix_hit_is_a_miss(model, asked, alone):
+def test_a_prefix_hit_is_a_miss(model, inputs, alone):
     engine = make_engine(model)
     for hits in (False, True):
-        requests = [engine.add(*one) for one in asked]
+        requests = [engine.add(*request_input) for request_input in inputs]
         while engine.is_busy:
             engine.step()
         assert [outcome(request) for request in requests] == alone
-        expected = [(len(one.prompt) - 1) // 64 * 64 if hits else 0 for one in asked]
+        expected = [
+            (len(request_input.prompt) - 1) // 64 * 64 if hits else 0 for request_input in inputs
+        ]
         cached = [request.num_cached for request in requests]
-        assert cached == expected if hits else max(cached) == 128  # what they have in common
+        assert cached == expected if hits else max(cached) == 128  # the common beginning
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_preempted_is_not_preempted(model, asked, alone, seed):
+def test_preempted_is_not_preempted(model, inputs, alone, seed):
     engine = make_engine(model)
     r = random.Random(seed)
 
-    def send_back() -> None:
+    def preempt() -> None:
         scheduler = engine.scheduler
         for _ in range(r.choice([0, 0, 1, 3])):
             if len(scheduler.running) > 1:
                 scheduler._preempt(scheduler.running[-1])
 
-    assert run(engine, asked, send_back) == alone
+    assert run(engine, inputs, preempt) == alone
     assert engine.stats.preemptions > 20
 
 
@@ -150,58 +154,62 @@ def test_a_cache_of_a_few_pages_is_a_large_one(model):
     r = random.Random(8)
     prompts = [[r.randrange(2000) for _ in range(r.randrange(1, 100))] for _ in range(10)]
     growing = Sampling(temperature=0.9, seed=3, max_new_tokens=200, logprobs=1, ignore_eos=True)
-    asked = [Asked(prompt, growing) for prompt in prompts]
+    inputs = [RequestInput(prompt, growing) for prompt in prompts]
     large, small = make_engine(model), make_engine(model, cache_tokens=64 * 8)
-    assert run(small, asked) == run(large, asked)
+    assert run(small, inputs) == run(large, inputs)
     assert large.stats.preemptions == 0
     assert small.stats.preemptions >= 5
     assert small.stats.pages_held == 0
 
 
 @pytest.mark.parametrize("prefill_tokens", [64, 512])
-def test_the_budget_of_a_step_is_irrelevant(model, asked, alone, prefill_tokens):
-    assert run(make_engine(model, prefill_tokens=prefill_tokens), asked) == alone
+def test_the_budget_of_a_step_is_irrelevant(model, inputs, alone, prefill_tokens):
+    assert run(make_engine(model, prefill_tokens=prefill_tokens), inputs) == alone
 
 
 def test_the_law_holds_on_a_gpu_s_way_through_the_pages(model):
-    """With a kernel that does on a CPU what the real one promises."""
+    """With a CPU kernel that has the guarantees of the GPU kernel."""
     r = random.Random(9)
     drawn = Sampling(temperature=0.9, seed=4, max_new_tokens=8, logprobs=1, ignore_eos=True)
     lengths = [1, 60, 65, 130, 200, 300]
-    asked = [Asked([r.randrange(2000) for _ in range(n)], drawn) for n in lengths]
+    inputs = [RequestInput([r.randrange(2000) for _ in range(n)], drawn) for n in lengths]
 
     def make() -> Engine:
         engine = make_engine(model)
         engine._runner.cache.attend = partial(flash, kernel=slow_kernel)
         return engine
 
-    alone = [outcome for one in asked for outcome in run(make(), [one])]
-    assert run(make(), asked) == alone
+    alone = [outcome for request_input in inputs for outcome in run(make(), [request_input])]
+    assert run(make(), inputs) == alone
 
 
-def test_the_law_holds_with_several_threads(model, asked):
+def test_the_law_holds_with_several_threads(model, inputs):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        alone = [outcome for one in asked[:8] for outcome in run(make_engine(model), [one])]
-        assert run(make_engine(model), asked[:8]) == alone
+        alone = [
+            outcome
+            for request_input in inputs[:8]
+            for outcome in run(make_engine(model), [request_input])
+        ]
+        assert run(make_engine(model), inputs[:8]) == alone
     finally:
         torch.set_num_threads(threads)
 
 
-def test_where_no_other_count_agrees_rows_are_split_up(model, asked, alone):
+def test_where_no_other_count_agrees_rows_are_split_up(model, inputs, alone):
     engine = make_engine(model)
     runner = engine._runner
-    for name in ("prompt_rows", "decode_rows"):
+    for name in ("prefill_planner", "decode_planner"):
         rows = getattr(runner, name)
         only = lambda n, canonical=rows.canonical: n == canonical  # noqa: E731
-        setattr(runner, name, Rows(rows.candidates, rows.canonical, only))
-    assert run(engine, asked) == alone
+        setattr(runner, name, CallPlanner(rows.candidates, rows.canonical, only))
+    assert run(engine, inputs) == alone
 
 
 @pytest.fixture(scope="module", params=["lookup", "draft model"])
 def speculation(request, model) -> Speculation:
-    """Drafts that are right and wrong in turn."""
+    """Drafts that are sometimes accepted and sometimes rejected."""
     if request.param == "lookup":
         return PromptLookup(min_ngram=1, num_tokens=5)
     return DraftModel(first_layers(model, 4), num_tokens=3)
@@ -214,34 +222,34 @@ def check_drafted(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("neighbours", "up_to"), [(0, 32), (7, NUM_REQUESTS), (63, NUM_REQUESTS)])
-def test_drafted_is_not_drafted(model, asked, alone, speculation, neighbours, up_to):
+def test_drafted_is_not_drafted(model, inputs, alone, speculation, neighbours, up_to):
     engine = make_engine(model, speculation=speculation)
     for first in range(0, up_to, neighbours + 1):
         together = slice(first, first + neighbours + 1)
-        assert run(engine, asked[together]) == alone[together]
+        assert run(engine, inputs[together]) == alone[together]
     check_drafted(engine)
 
 
-def test_drafted_and_preempted_is_neither(model, asked, alone, speculation):
+def test_drafted_and_preempted_is_neither(model, inputs, alone, speculation):
     engine = make_engine(model, speculation=speculation, prefill_tokens=64)
     r = random.Random(0)
 
-    def send_back() -> None:
+    def preempt() -> None:
         for _ in range(r.choice([0, 0, 1, 3])):
             if len(engine.scheduler.running) > 1:
                 engine.scheduler._preempt(engine.scheduler.running[-1])
 
-    assert run(engine, asked, send_back) == alone
+    assert run(engine, inputs, preempt) == alone
     assert engine.stats.preemptions > 20
     check_drafted(engine)
 
 
-def test_the_engine_is_the_plain_loop(asked):
+def test_the_engine_is_the_plain_loop(inputs):
     """In the loop the last prompt token is computed with the prompt, so this is not bitwise."""
     model = load_model("tiny", dtype=torch.float32)
     engine = make_engine(model, deterministic=False)
-    for one, (prompt, sampling) in zip(run(engine, asked), asked, strict=True):
+    for tokens, (prompt, sampling) in zip(run(engine, inputs), inputs, strict=True):
         loop = list(generate(model, prompt, sampling))
-        assert [id for id, _, _ in one] == [token.id for token in loop]
-        for (_, logprob, _), token in zip(one, loop, strict=True):
+        assert [id for id, _, _ in tokens] == [token.id for token in loop]
+        for (_, logprob, _), token in zip(tokens, loop, strict=True):
             assert abs(logprob - token.logprobs.chosen) < 1e-4

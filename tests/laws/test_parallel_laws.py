@@ -1,4 +1,4 @@
-"""One model in several processes is the model: its logits, its gradients, and what it generates."""
+"""A model in several processes has the logits, gradients and outputs of a single process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from llama32 import EngineSettings, PromptLookup, Sampling, load_model
-from llama32.adapt import parallel
+from llama32.checkpoint.writer import save
 from llama32.engine.engine import Engine
 from llama32.generate import generate
 from llama32.model import Llama
-from llama32.saving import save
+from llama32.parallel import tensor_parallel
 from llama32.train.loop import next_token_loss
 from tests.checkpoints import random_model, tiny_config
 from tests.processes import in_processes
@@ -71,7 +71,7 @@ def say_in_parts(mesh: DeviceMesh, folder: Path, names: list[str]) -> dict[str, 
     said = {}
     for name in names:
         path = "tiny" if name == "tiny" else folder / name
-        model = parallel.load_model(path, mesh, dtype=torch.float32)
+        model = tensor_parallel.load_shard(path, mesh, dtype=torch.float32)
         said[name] = say(model, kinds(name))
     return said
 

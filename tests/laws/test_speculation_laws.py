@@ -1,5 +1,5 @@
-"""Drafts do not move the distribution: over many seeds, what is said with them is as frequent as
-the model's own softmax has it, however much a draft model disagrees."""
+"""Drafts do not change the distribution: over many seeds, outputs are as frequent as the model's
+softmax says, even if the draft model disagrees."""
 
 from collections import Counter
 from itertools import product
@@ -7,13 +7,13 @@ from itertools import product
 import pytest
 import torch
 
-from llama32.engine.draft import DraftModel
+from llama32.engine.draft_model import DraftModel
 from llama32.engine.engine import Engine
-from llama32.engine.lookup import PromptLookup
+from llama32.engine.prompt_lookup import PromptLookup
 from llama32.engine.settings import EngineSettings, Speculation
 from llama32.engine.stats import Stats
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.chance import chi_square
 from tests.checkpoints import random_model, tiny_config
 
@@ -36,7 +36,7 @@ def model() -> Llama:
 
 @torch.no_grad()
 def probabilities(model: Llama, temperature: float) -> dict[Text, float]:
-    """Of all continuations of the prompt, token by token without a cache."""
+    """Return the probability of every continuation, token by token without a cache."""
     known: dict[Text, float] = {(): 1.0}
     for _ in range(LENGTH):
         tokens = torch.tensor([[*PROMPT, *text] for text in known])
@@ -74,7 +74,7 @@ def test_continuations_are_as_frequent_as_the_model_has_them(model, speculation,
     found, stats = said(model, speculation, temperature)
     assert len(expected) == VOCABULARY**LENGTH
     assert {*found} <= {*product(range(VOCABULARY), repeat=LENGTH)}
-    # The test wants a few of each: those that are rarer count together.
+    # The chi-square test needs a few of each: rarer texts are counted together.
     common = [text for text, p in expected.items() if p * NUM_SEEDS >= 5]
     assert len(common) > 20
     chances = [expected[text] for text in common]

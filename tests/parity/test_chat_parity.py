@@ -1,4 +1,4 @@
-"""The chat format to the id, with the real Llama 3 tokenizer that ships with Meta's package."""
+"""Ids of the chat format, with the real Llama 3 tokenizer from Meta's package."""
 
 import importlib.util
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llama32.chat import Chat
-from llama32.tokenizer import Tokenizer
+from llama32.text.chat import Chat
+from llama32.text.tokenizer import Tokenizer
 
 HUB_CASES = (
     "user",
@@ -50,7 +50,7 @@ def meta_cases(reference, kind):
 
 
 def as_openai(message):
-    """Meta's fields of a message in OpenAI's names."""
+    """Return a message with Meta's fields in OpenAI's form."""
     calls = [
         {"function": {"name": call["tool_name"], "arguments": call["arguments"]}}
         for call in message["tool_calls"]
@@ -64,7 +64,7 @@ def test_the_hub_style_gives_the_ids_of_the_hubs_template(hub, reference, name):
     assert hub.encode(case["messages"], **options) == case["ids"]
 
 
-def test_control_text_in_a_message_is_the_one_thing_that_differs_from_the_hub(hub, reference):
+def test_only_control_text_in_a_message_differs_from_the_hub(hub, reference):
     case, options = hub_case(reference, "special_text")
     ours, theirs = hub.encode(case["messages"], **options), case["ids"]
     assert hub.tokenizer.decode(ours) == hub.tokenizer.decode(theirs) == case["text"]
@@ -87,7 +87,7 @@ def test_the_meta_style_gives_the_ids_of_metas_chat_format(meta, reference):
         assert ids == case["ids"], case["name"]
 
 
-def test_parse_reads_what_metas_chat_format_reads(meta, reference):
+def test_parse_agrees_with_metas_chat_format(meta, reference):
     for case in meta_cases(reference, "decode_assistant"):
         ids = meta.tokenizer.encode(case["input"], allow_special=True)
         message, expected = meta.parse(ids), as_openai(case["message"])

@@ -9,14 +9,15 @@ from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
 from llama32.attention import eager, fused
-from llama32.checkpoint import load_model
-from llama32.config import LLAMA3_BEND
+from llama32.checkpoint.layouts import name_map
+from llama32.checkpoint.reader import read_model
+from llama32.config import LLAMA3_ROPE_SCALING
 from llama32.generate import generate
-from llama32.layouts import names
 from llama32.model import Llama
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from llama32.train.loop import next_token_loss
 from tests.checkpoints import HUB_LLAMA3, HUB_PLAIN
+from tests.closeness import assert_near
 
 SHAPES = {
     "tied, one to one, llama3": {"rope_parameters": HUB_LLAMA3},
@@ -42,7 +43,7 @@ SHAPES = {
 
 
 def hub_model(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """A small random model of transformers, its weights large enough for errors to show."""
+    """Return a small random model of transformers, with weights large enough to show errors."""
     sizes = {
         "vocab_size": 131,
         "hidden_size": 64,
@@ -58,14 +59,14 @@ def hub_model(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(HubConfig(**(sizes | changes)))
     for name, weight in model.named_parameters():
-        if "norm" in name:  # all ones otherwise, and a norm left out would not be seen
+        if "norm" in name:  # ones would hide a missing norm
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return model.eval()
 
 
 def ours(theirs: LlamaForCausalLM, folder: Path) -> Llama:
     theirs.save_pretrained(folder)
-    return load_model(folder)
+    return read_model(folder)
 
 
 @pytest.fixture(params=SHAPES.values(), ids=list(SHAPES))
@@ -74,20 +75,20 @@ def pair(request, tmp_path) -> tuple[LlamaForCausalLM, Llama]:
     return theirs, ours(theirs, tmp_path)
 
 
-def test_logits_equal_those_of_transformers(pair):
+def test_logits_agree_with_transformers(pair):
     theirs, model = pair
     tokens = torch.randint(131, (2, 50))
     with torch.no_grad():
         expected = theirs(tokens).logits
         for attend in (eager, fused):
-            torch.testing.assert_close(model(tokens, attend=attend), expected, atol=1e-4, rtol=0)
+            assert_near(model(tokens, attend=attend), expected, within=2e-5)
 
 
 FAR = {
     "around 8,192": torch.arange(8170, 8234),
     "around 20,000": torch.arange(20_000, 20_064),
     "up to 131,071": torch.arange(131_008, 131_072),
-    "all over": torch.linspace(0, 131_071, 64).long(),  # distances that show the factor, too
+    "all over": torch.linspace(0, 131_071, 64).long(),  # distances that show the RoPE factor
 }
 
 
@@ -97,14 +98,16 @@ def test_logits_agree_at_long_positions(pair, positions):
     tokens = torch.randint(131, (1, 64))
     with torch.no_grad():
         expected = theirs(tokens, position_ids=positions[None]).logits
-        torch.testing.assert_close(model(tokens, positions), expected, atol=1e-4, rtol=0)
+        assert_near(model(tokens, positions), expected, within=2e-5)
 
 
-def test_another_rope_factor_would_be_seen_at_long_positions(tmp_path):
+def test_another_rope_factor_changes_the_logits_at_long_positions(tmp_path):
     theirs = hub_model(rope_parameters=HUB_LLAMA3)
-    other = replace(ours(theirs, tmp_path).config, rope_scaling=replace(LLAMA3_BEND, factor=8.0))
+    other = replace(
+        ours(theirs, tmp_path).config, rope_scaling=replace(LLAMA3_ROPE_SCALING, factor=8.0)
+    )
     model = Llama(other)
-    model.load_state_dict(load_model(tmp_path).state_dict())
+    model.load_state_dict(read_model(tmp_path).state_dict())
     tokens = torch.randint(131, (1, 64))
     with torch.no_grad():
         expected = theirs(tokens, position_ids=FAR["all over"][None]).logits
@@ -118,16 +121,16 @@ def test_the_loss_and_every_gradient_agree(pair):
     expected.backward()
     loss = next_token_loss(model, tokens)
     loss.backward()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-    theirs_of = names("hub", model.config.num_hidden_layers)
+    assert_near(loss, expected, within=1e-5)
+    hub_names = name_map("hub", model.config.num_hidden_layers)
     gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
     for name, weight in model.named_parameters():
-        expected = gradients.pop(theirs_of[name])
+        expected = gradients.pop(hub_names[name])
         torch.testing.assert_close(weight.grad, expected, atol=1e-4, rtol=1e-4)
     assert not gradients
 
 
-def test_greedy_tokens_are_the_same_over_200_steps(pair):
+def test_greedy_tokens_agree_over_200_steps(pair):
     theirs, model = pair
     prompt = torch.randint(131, (1, 7))
     expected = theirs.generate(

@@ -1,4 +1,4 @@
-"""The same ids as the `tokenizers` library and as Meta's `llama-models`, on text of every kind."""
+"""Ids of the `tokenizers` library and of Meta's `llama-models`, on text of every kind."""
 
 import ast
 import base64
@@ -14,8 +14,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from llama32.bpe import LETTERS, LLAMA3_PATTERN
-from llama32.tokenizer import LLAMA3_SPECIAL, Tokenizer
+from llama32.text.bpe import LLAMA3_PATTERN, UNICODE_TO_BYTE
+from llama32.text.tokenizer import Tokenizer
+from llama32.text.tokenizer_model import LLAMA3_SPECIAL
 from tests.tokenizers import LLAMA3_STEPS, spell, write_tokenizer_json
 
 WORDS = """the The THE I'm you'll We'VE 's 'S 'ſ 'K don't 12 1234 3.14 1,000,000 foo_bar x=y; //
@@ -25,7 +26,7 @@ SPACES = ["", " ", "  ", "\n", "\r\n", "\t", "   \n\n  ", "\u3000", "\xa0", "\u2
 
 
 def a_text(rng: random.Random) -> str:
-    """A few letters over and over, any code points, or words of many languages."""
+    """Return repeated letters, random code points, or words of many languages."""
     length = rng.randrange(40)
     match rng.randrange(4):
         case 0:
@@ -40,7 +41,7 @@ def a_text(rng: random.Random) -> str:
 
 def assert_same_ids(theirs: tokenizers.Tokenizer, ours: Tokenizer, texts: list[str]) -> None:
     for special, text in product((False, True), texts):
-        theirs.encode_special_tokens = not special  # True: their text stays text
+        theirs.encode_special_tokens = not special  # True keeps special tokens as text
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, allow_special=special) == ids, (special, text)
 
@@ -82,7 +83,7 @@ PRE_TOKENIZERS = {
 
 
 def trained(rng: random.Random, step: PreTokenizer) -> tokenizers.Tokenizer:
-    """A BPE of a few hundred tokens, with added tokens of every kind."""
+    """Train a BPE of a few hundred tokens, with added tokens of every kind."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=rng.random() < 0.5))
     tokenizer.pre_tokenizer = step  # pyright: ignore
     trainer = trainers.BpeTrainer(  # pyright: ignore
@@ -127,7 +128,7 @@ def test_normalized_text_gives_the_ids_of_the_tokenizers_library(tmp_path, form)
 
 
 def listed_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
-    """Merges that no training would give: in any order, double, of pieces that never arise."""
+    """Return merges unlike any training: in any order, repeated, of pieces that never occur."""
     tokens = [b"a", b"b", b"c"][: rng.randrange(1, 4)]
     merges = []
     for _ in range(rng.randrange(1, 14)):
@@ -138,10 +139,10 @@ def listed_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
     match rng.randrange(3):
         case 0:
             rng.shuffle(merges)
-        case 1:  # every pair that makes a token, as in a file converted from ranks
-            made = list(dict.fromkeys(left + right for left, right in merges))
-            rng.shuffle(made)
-            halves = [(token[:i], token[i:]) for token in made for i in range(1, len(token))]
+        case 1:  # every pair that forms a token, as in a file converted from ranks
+            merged = list(dict.fromkeys(left + right for left, right in merges))
+            rng.shuffle(merged)
+            halves = [(token[:i], token[i:]) for token in merged for i in range(1, len(token))]
             merges = [pair for pair in halves if {*pair} <= {*tokens}]
             if rng.random() < 0.3:
                 rng.shuffle(merges)
@@ -151,21 +152,21 @@ def listed_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
 def test_any_list_of_merges_gives_the_ids_of_the_tokenizers_library(tmp_path):
     rng = random.Random(2)
     for _ in range(100):
-        whole = rng.random() < 0.5
+        ignore_merges = rng.random() < 0.5
         merges = listed_merges(rng)
         steps = [LLAMA3_STEPS[1]]
-        file = write_tokenizer_json(tmp_path, merges, steps=steps, ignore_merges=whole)
+        file = write_tokenizer_json(tmp_path, merges, steps=steps, ignore_merges=ignore_merges)
         theirs, ours = tokenizers.Tokenizer.from_file(str(file)), Tokenizer.load(file)
         for length in (3, 6, 12, 12, 24, 24, 300):
             text = "".join(rng.choices("abc", k=length))
-            assert ours.encode(text) == theirs.encode(text).ids, (whole, merges, text)
+            assert ours.encode(text) == theirs.encode(text).ids, (ignore_merges, merges, text)
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "smollm2", "o200k", "bloom"])
 def test_code_points_of_all_blocks_are_split_as_by_the_tokenizers_library(tmp_path, name):
     step = PRE_TOKENIZERS[name]
     file = tmp_path / "tokenizer.json"
-    theirs = tokenizers.Tokenizer(models.BPE(vocab=LETTERS, merges=[]))
+    theirs = tokenizers.Tokenizer(models.BPE(vocab=UNICODE_TO_BYTE, merges=[]))
     theirs.pre_tokenizer = step  # pyright: ignore
     theirs.save(str(file))
     ours = Tokenizer.load(file)
@@ -177,7 +178,9 @@ def test_code_points_of_all_blocks_are_split_as_by_the_tokenizers_library(tmp_pa
             continue
         char = chr(point)
         text = f"a{char}'S 1{char}{char} {char}!"
-        pieces = [bytes(map(LETTERS.__getitem__, p)) for p, _ in step.pre_tokenize_str(text)]
+        pieces = [
+            bytes(map(UNICODE_TO_BYTE.__getitem__, p)) for p, _ in step.pre_tokenize_str(text)
+        ]
         assert [piece.encode() for piece in ours._split(text)] == pieces, ascii(char)
 
 
@@ -199,7 +202,7 @@ def meta(model_file) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def json_file(model_file, tmp_path_factory) -> Path:
-    """tokenizer.model as the Hub has it: each token with every pair of tokens that makes it."""
+    """Convert tokenizer.model to the Hub's form: every pair of tokens that forms a token."""
     lines = [line.split() for line in model_file.read_bytes().splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     merges = []
@@ -252,16 +255,16 @@ def test_meta_tokenizer_gives_the_published_ids(meta, cases):
         assert meta.encode(case["text"], bos=case["bos"], eos=case["eos"]) == case["ids"]
 
 
-def test_the_hubs_file_gives_the_ids_of_metas(meta, hub, cases):
+def test_the_hubs_file_gives_the_ids_of_metas_file(meta, hub, cases):
     assert hub.source == "tokenizer.json (byte-level BPE, 128000 + 256 tokens)"
     for case in cases["strings"]:
-        if text := case["text"]:  # the others are longer than what Meta leaves in one piece
+        if text := case["text"]:  # Meta splits the longer texts
             for special in (False, True):
                 ids = meta.encode(text, allow_special=special)
                 assert hub.encode(text, allow_special=special) == ids, case["name"]
 
 
-def test_the_hubs_file_gives_the_ids_of_metas_on_text_of_every_kind(meta, hub):
+def test_the_hubs_file_gives_the_ids_of_metas_file_on_text_of_every_kind(meta, hub):
     rng = random.Random(4)
     for text in [a_text(rng) + "<|eot_id|>" + a_text(rng) for _ in range(1000)]:
         assert hub.encode(text) == meta.encode(text), text
@@ -285,7 +288,7 @@ def test_meta_tokenizer_gives_the_ids_of_llama_models(meta):
         lengths = rng.choices((1, 24_999, 25_000, 25_001, 60_000), k=4)
         parts = [rng.choice("a \n\x1c\u3000é") * length for length in lengths]
         texts.append("".join(parts))
-    texts.append("ab cd" * 79_999 + "<|eot_id|>")  # cut within the special token
+    texts.append("ab cd" * 79_999 + "<|eot_id|>")  # split inside the special token
     for special, text in product((None, "all"), [*texts, "", "\ud800 \udc00", "\ufeff"]):
         ids = theirs.encode(text, bos=False, eos=False, allowed_special=special)
         assert meta.encode(text, allow_special=special is not None) == ids, text[:80]

@@ -1,4 +1,4 @@
-"""OpenAI's own Python client against a running server, feature by feature."""
+"""OpenAI's Python client against a running server, feature by feature."""
 
 import asyncio
 import json
@@ -14,15 +14,17 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, ConfigDict, Field
 
 from llama32.engine.settings import EngineSettings
-from llama32.llm import LLM
-from llama32.loading import load
+from llama32.llm.llm import LLM
+from llama32.llm.loading import load
 from llama32.sampling import derive_seed
-from llama32.settings import Sampling
+from llama32.sampling_params import Sampling
 from tests.alphabet import alphabet_checkpoint
 from tests.serving import Served, serving
 
 ASK: Any = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
-DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}  # else each day is another prompt
+DATE = {
+    "chat_template_kwargs": {"date_string": "26 Jul 2024"}
+}  # otherwise the prompt changes every day
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -61,35 +63,35 @@ def client(served) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory) -> Iterator[OpenAI]:
-    """Its model says the letters that follow."""
+    """A client of a model that continues the alphabet."""
     llm = load(alphabet_checkpoint(tmp_path_factory.mktemp("abc"), max_position_embeddings=1024))
     with serving(llm, "abc") as server, server.client() as client:
         yield client
         server.assert_idle()
 
 
-def ask(client: OpenAI, **given: Any) -> Any:
-    """Of `tiny`, shortly."""
-    extra = DATE | given.pop("extra_body", {})
-    asked = {"model": "tiny", "messages": ASK, "max_tokens": 24, "seed": 7, **given}
-    return client.chat.completions.create(**asked, extra_body=extra)
+def ask(client: OpenAI, **changes: Any) -> Any:
+    """Ask `tiny` for a short answer."""
+    extra = DATE | changes.pop("extra_body", {})
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 24, "seed": 7, **changes}
+    return client.chat.completions.create(**body, extra_body=extra)
 
 
 def forced(text: str) -> dict[str, Any]:
-    """The model says just this."""
+    """Return parameters that force the answer."""
     return {"structured_outputs": {"choice": [text]}}
 
 
 def expected(llm: LLM, **settings: Any) -> str:
-    """What the same model says without a server."""
-    given = {"max_new_tokens": 24, "seed": 7, **settings}
-    return llm.chat(ASK, date="26 Jul 2024", **given).text
+    """Return the answer of the same model without a server."""
+    settings = {"max_new_tokens": 24, "seed": 7, **settings}
+    return llm.chat(ASK, date="26 Jul 2024", **settings).text
 
 
 # Models
 
 
-def test_the_model_is_listed_and_can_be_looked_at(client):
+def test_the_model_is_listed_and_can_be_retrieved(client):
     (model,) = client.models.list()
     assert (model.id, model.object, model.owned_by) == ("tiny", "model", "llama32")
     assert client.models.retrieve("tiny") == model
@@ -104,9 +106,9 @@ def test_another_model_is_not_found(client):
         client.models.retrieve("gpt-4o")
 
 
-def test_a_model_can_have_the_names_that_programs_know_it_by(llm):
+def test_a_model_can_have_several_names(llm):
     names = ["meta-llama/Llama-3.2-3B-Instruct", "llama3.2"]
-    own = replace(llm)  # with an engine of its own, since a server closes its engine
+    own = replace(llm)  # with another engine, because a server closes the engine
     with serving(own, served_model_name=names) as server, server.client() as client:
         assert [model.id for model in client.models.list()] == names
         assert client.models.retrieve(names[0]).id == names[0]
@@ -120,7 +122,7 @@ def test_a_model_can_have_the_names_that_programs_know_it_by(llm):
 # Chat
 
 
-def test_a_chat_is_answered_as_without_a_server(client, llm):
+def test_a_chat_has_the_answer_of_the_model_without_a_server(client, llm):
     answer = ask(client)
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
@@ -132,7 +134,7 @@ def test_a_chat_is_answered_as_without_a_server(client, llm):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
 
 
-def test_a_stream_is_the_same_in_pieces(client, llm):
+def test_a_stream_has_the_same_answer_in_pieces(client, llm):
     chunks = list(ask(client, stream=True))
     assert len({chunk.id for chunk in chunks}) == 1
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
@@ -145,7 +147,7 @@ def test_a_stream_is_the_same_in_pieces(client, llm):
     assert len(chunks) > 20
 
 
-def test_a_stream_ends_with_the_usage_where_it_is_wanted(client):
+def test_a_stream_ends_with_the_usage_on_request(client):
     *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
     assert last.choices == []
@@ -154,16 +156,16 @@ def test_a_stream_ends_with_the_usage_where_it_is_wanted(client):
     assert last.usage.prompt_tokens == whole.prompt_tokens
 
 
-def test_the_client_s_own_way_to_stream_works(client, llm):
-    given: Any = {"model": "tiny", "messages": ASK, "seed": 7, "extra_body": DATE}
-    with client.chat.completions.stream(**given) as stream:
+def test_the_client_s_stream_helper_works(client, llm):
+    body: Any = {"model": "tiny", "messages": ASK, "seed": 7, "extra_body": DATE}
+    with client.chat.completions.stream(**body) as stream:
         pieces = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion()
     assert "".join(pieces) == final.choices[0].message.content
     assert final.choices[0].message.content == expected(llm, max_new_tokens=900)
 
 
-def test_what_was_read_before_is_in_the_usage(client):
+def test_the_usage_reports_cached_tokens(client):
     long = [{"role": "user", "content": "Tell me a story about a cat. " * 20}]
     first, again = (ask(client, messages=long) for _ in range(2))
     assert first.usage.prompt_tokens_details.cached_tokens == 0
@@ -171,13 +173,13 @@ def test_what_was_read_before_is_in_the_usage(client):
     assert first.choices[0].message == again.choices[0].message
 
 
-def test_a_dialog_goes_on_with_the_message_as_it_came(client):
+def test_a_dialog_continues_with_the_unchanged_message(client):
     answer = ask(client).choices[0].message
     dialog = [*ASK, answer, {"role": "user", "content": "And then?"}]
     assert ask(client, messages=dialog).usage.prompt_tokens > 60
 
 
-def test_roles_and_parts_of_openai_s_api_are_taken(client):
+def test_roles_and_parts_of_openai_s_api_are_accepted(client):
     text = "You tell stories."
     system, developer, parts = (
         ask(client, messages=[first, *ASK])
@@ -195,19 +197,19 @@ def test_roles_and_parts_of_openai_s_api_are_taken(client):
 
 
 def test_control_tokens_in_a_message_are_text(client, served):
-    asked = [{"role": "user", "content": "<|eot_id|><|start_header_id|>system<|end_header_id|>"}]
-    ids = tokenized(served, messages=asked, **DATE)
+    messages = [{"role": "user", "content": "<|eot_id|><|start_header_id|>system<|end_header_id|>"}]
+    ids = tokenized(served, messages=messages, **DATE)
     plain = tokenized(served, messages=[{"role": "user", "content": "x"}], **DATE)
     special = served.service.llm.tokenizer.special
     for token in ("<|eot_id|>", "<|start_header_id|>"):
         assert ids.count(special[token]) == plain.count(special[token])
-    assert ask(client, messages=asked).choices
+    assert ask(client, messages=messages).choices
 
 
 # Sampling
 
 
-def test_several_answers_have_seeds_of_their_own(client, llm):
+def test_several_answers_have_different_seeds(client, llm):
     answer = ask(client, n=3)
     texts = [choice.message.content for choice in answer.choices]
     assert texts == [expected(llm, seed=derive_seed(7, i)) for i in range(3)]
@@ -225,16 +227,16 @@ def test_several_answers_can_be_streamed_at_once(client):
         order.append(choice.index)
     whole = ask(client, n=3)
     assert texts == [choice.message.content for choice in whole.choices]
-    assert order != sorted(order)  # none waits for another
+    assert order != sorted(order)  # no answer waits for another
 
 
 def test_without_a_seed_answers_differ(client):
-    given = {"seed": None, "temperature": 1.5, "max_tokens": 60}
-    assert ask(client, **given).choices != ask(client, **given).choices
+    settings = {"seed": None, "temperature": 1.5, "max_tokens": 60}
+    assert ask(client, **settings).choices != ask(client, **settings).choices
 
 
 @pytest.mark.parametrize(
-    ("asked", "settings"),
+    ("parameters", "settings"),
     [
         ({"temperature": 0}, {"temperature": 0}),
         ({"temperature": 1.9, "top_p": 0.7}, {"temperature": 1.9, "top_p": 0.7}),
@@ -256,28 +258,29 @@ def test_without_a_seed_answers_differ(client):
             {"ignore_eos": True, "max_new_tokens": 200},
         ),
     ],
-    ids=lambda given: ",".join(given),
+    ids=",".join,
 )
-def test_settings_reach_the_sampler(client, llm, asked, settings):
-    assert ask(client, **asked).choices[0].message.content == expected(llm, **settings)
+def test_settings_reach_the_sampler(client, llm, parameters, settings):
+    assert ask(client, **parameters).choices[0].message.content == expected(llm, **settings)
 
 
-def test_a_temperature_of_openai_s_is_the_checkpoint_s_where_none_is_given(client, llm):
-    answers = [ask(client, seed=1, max_tokens=60, **given) for given in ({}, {"temperature": 0})]
+def test_the_default_temperature_is_the_checkpoint_s(client, llm):
+    changes: Any = {}, {"temperature": 0}
+    answers = [ask(client, seed=1, max_tokens=60, **change) for change in changes]
     texts = [answer.choices[0].message.content for answer in answers]
     assert texts == [expected(llm, seed=1, max_new_tokens=60, temperature=t) for t in (0.6, 0)]
     assert texts[0] != texts[1]
 
 
 def test_a_stop_string_ends_the_text_and_is_not_in_it(alphabet):
-    given: Any = {"model": "abc", "messages": [{"role": "user", "content": "x"}]}
-    whole = alphabet.chat.completions.create(**given)
+    body: Any = {"model": "abc", "messages": [{"role": "user", "content": "x"}]}
+    whole = alphabet.chat.completions.create(**body)
     assert whole.choices[0].message.content == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert whole.choices[0].finish_reason == "stop"
     for stop, text in (("DEF", "ABC"), (["XY", "GH", "F!"], "ABCDEF"), ("!", "ABCDEFGHIJKLMNO")):
-        cut = alphabet.chat.completions.create(**given, stop=stop, max_tokens=15)
+        cut = alphabet.chat.completions.create(**body, stop=stop, max_tokens=15)
         assert cut.choices[0].message.content == text
-        pieces = alphabet.chat.completions.create(**given, stop=stop, max_tokens=15, stream=True)
+        pieces = alphabet.chat.completions.create(**body, stop=stop, max_tokens=15, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == text
 
 
@@ -287,11 +290,12 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(alphabet):
 def test_logprobs_come_for_each_token_of_the_text(client, llm):
     answer = ask(client, logprobs=True, top_logprobs=3)
     result = llm.chat(ASK, date="26 Jul 2024", max_new_tokens=24, seed=7, logprobs=3)
-    told = answer.choices[0].logprobs.content
-    assert [token.logprob for token in told] == [one.chosen for one in result.logprobs]
-    text = b"".join(bytes(token.bytes) for token in told).decode()
+    tokens = answer.choices[0].logprobs.content
+    chosen = [logprobs.chosen for logprobs in result.logprobs]
+    assert [token.logprob for token in tokens] == chosen
+    text = b"".join(bytes(token.bytes) for token in tokens).decode()
     assert text == answer.choices[0].message.content
-    for token in told:
+    for token in tokens:
         values = [top.logprob for top in token.top_logprobs]
         assert len(values) == 3
         assert values == sorted(values, reverse=True)
@@ -299,12 +303,12 @@ def test_logprobs_come_for_each_token_of_the_text(client, llm):
 
 
 def test_logprobs_can_be_of_the_chosen_tokens_alone(client):
-    told = ask(client, logprobs=True).choices[0].logprobs.content
-    assert len(told) == 24
-    assert all(token.top_logprobs == [] for token in told)
+    tokens = ask(client, logprobs=True).choices[0].logprobs.content
+    assert len(tokens) == 24
+    assert all(token.top_logprobs == [] for token in tokens)
 
 
-def test_a_stream_tells_the_same_logprobs_in_pieces(client):
+def test_a_stream_has_the_same_logprobs_in_pieces(client):
     whole = ask(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     streamed, text = [], ""
     for chunk in ask(client, logprobs=True, top_logprobs=2, stream=True):
@@ -315,21 +319,22 @@ def test_a_stream_tells_the_same_logprobs_in_pieces(client):
     assert b"".join(bytes(token.bytes) for token in streamed).decode() == text
 
 
-def test_what_ends_the_text_has_no_logprobs(alphabet):
-    given: Any = {"model": "abc", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+def test_the_end_of_the_text_has_no_logprobs(alphabet):
+    body: Any = {"model": "abc", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
     for stop, text in ((None, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), ("DEF", "ABC")):
-        answer = alphabet.chat.completions.create(**given, stop=stop)
+        answer = alphabet.chat.completions.create(**body, stop=stop)
         assert "".join(token.token for token in answer.choices[0].logprobs.content) == text
-        chunks = alphabet.chat.completions.create(**given, stop=stop, stream=True)
-        told = [choice.logprobs for chunk in chunks for choice in chunk.choices if choice.logprobs]
-        assert "".join(token.token for one in told for token in one.content) == text
+        chunks = alphabet.chat.completions.create(**body, stop=stop, stream=True)
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.logprobs]
+        tokens = [token.token for choice in choices for token in choice.logprobs.content]
+        assert "".join(tokens) == text
 
 
 # Tools
 
 
 def calls_of(answer: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The calls of an answer that is nothing else."""
+    """Return the calls of an answer without text."""
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content is None
@@ -349,43 +354,43 @@ EXPECTED = [("weather", {"city": "Rome", "days": 2}), ("time", {})]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_call_that_the_model_writes_is_a_tool_call(client, spelling):
-    given = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(spelling)}
-    assert calls_of(ask(client, **given)) == EXPECTED[: SPELLINGS[spelling]]
+def test_a_call_in_the_text_becomes_a_tool_call(client, spelling):
+    body = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(spelling)}
+    assert calls_of(ask(client, **body)) == EXPECTED[: SPELLINGS[spelling]]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_streamed_call_comes_whole_and_never_as_text(client, spelling):
-    given = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(spelling)}
-    chunks = list(ask(client, **given, stream=True))
+def test_a_streamed_call_is_one_chunk_and_never_text(client, spelling):
+    body = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(spelling)}
+    chunks = list(ask(client, **body, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert not "".join(delta.content or "" for delta in deltas)
     calls = [call for delta in deltas for call in delta.tool_calls or ()]
     assert [call.index for call in calls] == list(range(len(calls)))
-    found = [(call.function.name, json.loads(call.function.arguments)) for call in calls]
-    assert found == EXPECTED[: SPELLINGS[spelling]]
+    pairs = [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+    assert pairs == EXPECTED[: SPELLINGS[spelling]]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_a_broken_call_is_text(client):
     broken = '{"name": "weather", "parameters": {"city": Rome}}'
-    given = {"tools": [WEATHER], "max_tokens": 100, "extra_body": forced(broken)}
-    (choice,) = ask(client, **given).choices
+    body = {"tools": [WEATHER], "max_tokens": 100, "extra_body": forced(broken)}
+    (choice,) = ask(client, **body).choices
     assert (choice.message.content, choice.message.tool_calls) == (broken, None)
     assert choice.finish_reason == "stop"
-    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, **given, stream=True)]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, **body, stream=True)]
     assert "".join(pieces) == broken
 
 
-def test_without_tools_what_looks_like_a_call_is_text(client):
+def test_a_call_without_tools_is_text(client):
     text = next(iter(SPELLINGS))
-    given = {"max_tokens": 100, "extra_body": forced(text)}
-    assert ask(client, **given).choices[0].message.content == text
-    silent = ask(client, **given, tools=[WEATHER], tool_choice="none")
+    body = {"max_tokens": 100, "extra_body": forced(text)}
+    assert ask(client, **body).choices[0].message.content == text
+    silent = ask(client, **body, tools=[WEATHER], tool_choice="none")
     assert silent.choices[0].message.content == text
-    assert silent.usage.prompt_tokens == ask(client).usage.prompt_tokens  # nor is it told of any
-    chunks = list(ask(client, **given, stream=True))
-    assert len(chunks) > 10  # nothing was held back
+    assert silent.usage.prompt_tokens == ask(client).usage.prompt_tokens  # the prompt has no tools
+    chunks = list(ask(client, **body, stream=True))
+    assert len(chunks) > 10  # the server held nothing back
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
@@ -394,8 +399,8 @@ def test_a_call_can_be_demanded(client, temperature, stream):
     named = {"type": "function", "function": {"name": "weather"}}
     for choice, names in (("required", {"weather", "time"}), (named, {"weather"})):
         for seed in range(4):
-            given = {"tools": [TIME, WEATHER], "tool_choice": choice, "max_tokens": 300}
-            answer = ask(client, **given, temperature=temperature, seed=seed, stream=stream)
+            body = {"tools": [TIME, WEATHER], "tool_choice": choice, "max_tokens": 300}
+            answer = ask(client, **body, temperature=temperature, seed=seed, stream=stream)
             if stream:
                 deltas = [chunk.choices[0].delta for chunk in answer]
                 (call,) = [call for delta in deltas for call in delta.tool_calls or ()]
@@ -409,22 +414,22 @@ def test_a_call_can_be_demanded(client, temperature, stream):
                 jsonschema_rs.validate(schema, arguments)
 
 
-def test_several_calls_can_be_declined(client):
+def test_parallel_calls_can_be_declined(client):
     two = '[weather(city="Rome", days=2), time()]'
-    given = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(two)}
-    answer = ask(client, **given, parallel_tool_calls=False)
+    body = {"tools": [WEATHER, TIME], "max_tokens": 100, "extra_body": forced(two)}
+    answer = ask(client, **body, parallel_tool_calls=False)
     assert calls_of(answer) == EXPECTED[:1]
 
 
-def test_a_tool_s_answer_goes_back_as_openai_has_it(client, served):
-    given = {"tools": [TIME, PLACE], "max_tokens": 60}
-    said = ask(client, **given, extra_body=forced("[time(), place()]")).choices[0].message
+def test_tool_answers_are_sent_in_openai_s_form(client, served):
+    body = {"tools": [TIME, PLACE], "max_tokens": 60}
+    calls = ask(client, **body, extra_body=forced("[time(), place()]")).choices[0].message
     results = [
         {"role": "tool", "tool_call_id": call.id, "content": f"answer to {call.function.name}"}
-        for call in said.tool_calls
+        for call in calls.tool_calls
     ]
-    dialog = [*ASK, said, *results[::-1]]
-    assert ask(client, messages=dialog, **given).choices
+    dialog = [*ASK, calls, *results[::-1]]
+    assert ask(client, messages=dialog, **body).choices
     plain = [message if isinstance(message, dict) else message.model_dump() for message in dialog]
     ids = tokenized(served, messages=plain, tools=[TIME, PLACE], **DATE)
     text = served.service.llm.tokenizer.decode(ids)
@@ -433,7 +438,7 @@ def test_a_tool_s_answer_goes_back_as_openai_has_it(client, served):
     assert sorted(parts, key=text.rindex) == [*parts]
 
 
-# Answers of a form
+# Structured outputs
 
 
 class Story(BaseModel):
@@ -445,7 +450,7 @@ class Story(BaseModel):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
-def test_an_answer_is_of_the_form_that_is_asked_for(client, temperature):
+def test_an_answer_follows_the_schema(client, temperature):
     for seed in range(3):
         answer = client.chat.completions.parse(
             model="tiny",
@@ -459,21 +464,21 @@ def test_an_answer_is_of_the_form_that_is_asked_for(client, temperature):
 
 
 def test_an_answer_can_be_any_json_object(client):
-    given = {"response_format": {"type": "json_object"}, "temperature": 0, "max_tokens": 300}
-    answer = ask(client, **given).choices[0]
+    body = {"response_format": {"type": "json_object"}, "temperature": 0, "max_tokens": 300}
+    answer = ask(client, **body).choices[0]
     if answer.finish_reason == "stop":
         assert isinstance(json.loads(answer.message.content), dict)
     assert answer.message.content.startswith("{")
 
 
-def test_an_answer_of_a_form_may_be_cut(client):
+def test_a_structured_answer_may_be_cut(client):
     with pytest.raises(openai.LengthFinishReasonError):
         client.chat.completions.parse(
             model="tiny", messages=ASK, response_format=Story, max_tokens=5
         )
 
 
-def test_an_answer_of_a_form_or_a_call_where_there_are_tools(client):
+def test_with_tools_the_answer_follows_the_schema_or_is_a_call(client):
     schema = {
         "type": "object",
         "properties": {"a": {"const": 1}},
@@ -502,19 +507,19 @@ def test_an_answer_of_a_form_or_a_call_where_there_are_tools(client):
         ({"choice": ["yes", "no"]}, lambda text: text in ("yes", "no")),
         ({"json": {"enum": [1, 2]}}, lambda text: json.loads(text) in (1, 2)),
     ],
-    ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
+    ids=lambda form: ",".join(form) if isinstance(form, dict) else "",
 )
-def test_other_forms_are_asked_for_as_vllm_does(client, form, holds):
-    asked = {"structured_outputs": form}
-    assert holds(ask(client, extra_body=asked, temperature=2).choices[0].message.content)
-    text = client.completions.create(model="tiny", prompt="The", seed=1, extra_body=asked)
+def test_structured_outputs_work_as_in_vllm(client, form, holds):
+    extra = {"structured_outputs": form}
+    assert holds(ask(client, extra_body=extra, temperature=2).choices[0].message.content)
+    text = client.completions.create(model="tiny", prompt="The", seed=1, extra_body=extra)
     assert holds(text.choices[0].text)
 
 
 # Completions
 
 
-def test_a_text_goes_on_as_without_a_server(client, llm):
+def test_a_completion_has_the_text_of_the_model_without_a_server(client, llm):
     answer = client.completions.create(model="tiny", prompt="Once upon", seed=7, max_tokens=20)
     assert answer.object == "text_completion"
     (choice,) = answer.choices
@@ -528,7 +533,7 @@ def test_sixteen_tokens_are_the_default_of_a_completion(client):
     assert answer.usage.completion_tokens == 16
 
 
-def test_a_chat_without_a_bound_goes_on_to_its_end(client):
+def test_a_chat_without_a_limit_runs_to_the_end(client):
     answer = client.chat.completions.create(model="tiny", messages=ASK, seed=7)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens > 50
@@ -537,45 +542,45 @@ def test_a_chat_without_a_bound_goes_on_to_its_end(client):
 def test_prompts_can_be_token_ids_and_several(client, llm):
     ids = llm.encode("Once upon")
     texts = ["Once upon", "One day, a dog"]
-    given: Any = {"model": "tiny", "seed": 7, "max_tokens": 12}
-    by_text = client.completions.create(prompt=texts, n=2, **given)
+    body: Any = {"model": "tiny", "seed": 7, "max_tokens": 12}
+    by_text = client.completions.create(prompt=texts, n=2, **body)
     assert [choice.index for choice in by_text.choices] == [0, 1, 2, 3]
-    alone = [client.completions.create(prompt=text, n=2, **given) for text in texts]
+    alone = [client.completions.create(prompt=text, n=2, **body) for text in texts]
     expected = [choice.text for answer in alone for choice in answer.choices]
     assert [choice.text for choice in by_text.choices] == expected
-    by_id = client.completions.create(prompt=ids, **given)
+    by_id = client.completions.create(prompt=ids, **body)
     assert by_id.choices[0].text == expected[0]
-    both = client.completions.create(prompt=[ids, llm.encode(texts[1])], **given)
+    both = client.completions.create(prompt=[ids, llm.encode(texts[1])], **body)
     assert [choice.text for choice in both.choices] == [expected[0], expected[2]]
     prompts = sum(len(llm.encode(text)) for text in texts)
     assert by_text.usage.prompt_tokens == both.usage.prompt_tokens == prompts
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_prompt_can_be_told_again(client, llm, stream):
+def test_the_prompt_can_be_echoed(client, llm, stream):
     for prompt in ("Once upon", llm.tokenizer.encode("Once upon")):
-        given: Any = {"model": "tiny", "prompt": prompt, "seed": 7, "max_tokens": 5}
-        new = client.completions.create(**given).choices[0].text
-        answer = client.completions.create(**given, echo=True, stream=stream)
+        body: Any = {"model": "tiny", "prompt": prompt, "seed": 7, "max_tokens": 5}
+        new = client.completions.create(**body).choices[0].text
+        answer = client.completions.create(**body, echo=True, stream=stream)
         chunks = answer if stream else [answer]
         assert "".join(chunk.choices[0].text for chunk in chunks) == "Once upon" + new
 
 
 def test_a_completion_streams(client):
-    given: Any = {"model": "tiny", "prompt": "Once upon", "seed": 7, "max_tokens": 12}
-    whole = client.completions.create(**given)
-    chunks = list(client.completions.create(**given, stream=True))
+    body: Any = {"model": "tiny", "prompt": "Once upon", "seed": 7, "max_tokens": 12}
+    whole = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == "length"
     assert len(chunks) > 10
 
 
-def test_a_completion_has_logprobs_of_the_older_shape(client, llm):
-    given: Any = {"model": "tiny", "prompt": "Once upon", "seed": 7, "max_tokens": 5}
-    (choice,) = client.completions.create(**given, logprobs=2).choices
+def test_a_completion_has_logprobs_in_the_older_shape(client, llm):
+    body: Any = {"model": "tiny", "prompt": "Once upon", "seed": 7, "max_tokens": 5}
+    (choice,) = client.completions.create(**body, logprobs=2).choices
     result = llm.generate("Once upon", seed=7, max_new_tokens=5, logprobs=2)
     assert "".join(choice.logprobs.tokens) == choice.text
-    assert choice.logprobs.token_logprobs == [one.chosen for one in result.logprobs]
+    assert choice.logprobs.token_logprobs == [logprobs.chosen for logprobs in result.logprobs]
     assert [len(top) for top in choice.logprobs.top_logprobs] == [2] * 5
     offsets = [choice.text.index(choice.logprobs.tokens[0])]
     for token in choice.logprobs.tokens[:-1]:
@@ -587,7 +592,7 @@ def test_a_completion_has_logprobs_of_the_older_shape(client, llm):
 
 
 @pytest.mark.parametrize(
-    ("given", "param", "match"),
+    ("changes", "param", "match"),
     [
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
@@ -612,11 +617,11 @@ def test_a_completion_has_logprobs_of_the_older_shape(client, llm):
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, None, "may come to 1024"),
     ],
-    ids=lambda given: str(given)[:40],
+    ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_is_wrong_is_refused_by_name(client, given, param, match):
+def test_a_wrong_parameter_is_refused_by_name(client, changes, param, match):
     with pytest.raises(openai.BadRequestError, match=match) as caught:
-        ask(client, **given)
+        ask(client, **changes)
     assert caught.value.type == "invalid_request_error"
     assert caught.value.param == param
 
@@ -627,7 +632,7 @@ def test_a_prompt_that_is_too_long_has_openai_s_code(client):
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_parameters_that_change_nothing_are_taken(client):
+def test_parameters_without_effect_are_accepted(client):
     ignored = {"user": "someone", "store": False, "metadata": {"a": "b"}, "service_tier": "auto"}
     assert ask(client, **ignored).choices == ask(client).choices
 
@@ -635,16 +640,16 @@ def test_parameters_that_change_nothing_are_taken(client):
 # Tokens
 
 
-def tokenized(served: Served, **given: Any) -> list[int]:
-    """By the server."""
+def tokenized(served: Served, **body: Any) -> list[int]:
+    """Return the token ids from the server."""
     with served.client() as client:
         url = f"{served.url}/tokenize"
-        answer = client.post(url, body=given, cast_to=dict[str, Any])
+        answer = client.post(url, body=body, cast_to=dict[str, Any])
     assert answer["count"] == len(answer["tokens"])
     return answer["tokens"]
 
 
-def test_texts_and_dialogs_are_tokenized_and_back(client, served, llm):
+def test_texts_and_dialogs_are_tokenized_and_detokenized(client, served, llm):
     assert tokenized(served, prompt="Once upon") == llm.encode("Once upon")
     plain = tokenized(served, prompt="Once upon", add_special_tokens=False)
     assert plain == llm.tokenizer.encode("Once upon")
@@ -661,36 +666,33 @@ def test_texts_and_dialogs_are_tokenized_and_back(client, served, llm):
 # Many at once
 
 
-def test_two_hundred_at_once_each_get_their_own_answer(llm):
-    """Each as it is alone: the model is deterministic, whatever else it does."""
+def test_two_hundred_concurrent_requests_get_their_own_answers(llm):
+    """Each answer equals the answer alone, because the engine is batch-invariant."""
     assert llm.engine.deterministic
-    asked = [
-        (f"Tell me about {what} number {i}.", 20 + i % 30, i)
-        for i in range(200)
-        for what in [("a cat", "a dog", "a tree", "the sea")[i % 4]]
-    ]
+    subjects = "a cat", "a dog", "a tree", "the sea"
+    prompts = [(f"Tell me about {subjects[i % 4]} number {i}.", 20 + i % 30, i) for i in range(200)]
 
-    async def one(client: AsyncOpenAI, text: str, most: int, seed: int) -> str:
+    async def ask_one(client: AsyncOpenAI, text: str, max_tokens: int, seed: int) -> str:
         stream = await client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": text}],
-            max_tokens=most,
+            max_tokens=max_tokens,
             seed=seed,
             stream=True,
             extra_body=DATE,
         )
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
-    async def everyone(url: str) -> list[str]:
+    async def ask_all(url: str) -> list[str]:
         async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(one(client, *given) for given in asked))
+            return await asyncio.gather(*(ask_one(client, *prompt) for prompt in prompts))
 
     with serving(replace(llm)) as server:
-        answers = asyncio.run(everyone(f"{server.url}/v1"))
+        answers = asyncio.run(ask_all(f"{server.url}/v1"))
         server.assert_idle()
         assert server.engine.stats.running == 0
-    for (text, most, seed), answer in list(zip(asked, answers, strict=True))[::9]:
-        sampling = Sampling(temperature=0.6, top_p=0.9, seed=seed, max_new_tokens=most)
+    for (text, max_tokens, seed), answer in list(zip(prompts, answers, strict=True))[::9]:
+        sampling = Sampling(temperature=0.6, top_p=0.9, seed=seed, max_new_tokens=max_tokens)
         message = [{"role": "user", "content": text}]
         assert answer == llm.chat(message, sampling, date="26 Jul 2024").text
     assert len({*answers}) > 150

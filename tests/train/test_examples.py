@@ -1,13 +1,14 @@
-"""The mask: what is learned of a dialog is what the assistant would have to say, exactly."""
+"""The loss mask of a dialog covers exactly the tokens that the assistant has to generate."""
 
 import json
 
 import pytest
 from transformers import AutoTokenizer
 
-from llama32 import Chat, Tokenizer, hub
+from llama32 import Chat, Tokenizer
+from llama32.checkpoint import hub
 from llama32.train.data import Example
-from llama32.train.examples import DATE, read_records, to_example, to_examples
+from llama32.train.examples import DEFAULT_DATE, read_records, to_example, to_examples
 
 TINY = hub.resolve("tiny")
 TOKENIZER = Tokenizer.load(TINY)
@@ -43,107 +44,111 @@ DIALOGS = {
 }
 
 
-def learned(example: Example) -> list[list[int]]:
-    """The runs of tokens that are learned."""
-    runs, before = [], False
-    for id, wanted in zip(*example, strict=True):
-        if wanted and not before:
+def learned_runs(example: Example) -> list[list[int]]:
+    """The runs of tokens with a loss."""
+    runs, previous = [], False
+    for id, is_learned in zip(*example, strict=True):
+        if is_learned and not previous:
             runs.append([])
-        if wanted:
+        if is_learned:
             runs[-1].append(id)
-        before = wanted
+        previous = is_learned
     return runs
 
 
 @pytest.mark.parametrize("style", ["hub", "meta"])
 @pytest.mark.parametrize("name", DIALOGS)
-def test_what_is_learned_is_what_a_model_would_have_to_generate(name, style):
-    """After the very ids of a prompt with all that came before, up to the end of the turn."""
+def test_the_loss_covers_the_tokens_that_a_model_would_have_to_generate(name, style):
+    """Each span follows exactly the ids of the prompt for the turn, and ends the turn."""
     messages = DIALOGS[name]
-    tools, date = (TOOLS if name == "a call" else None, DATE) if style == "hub" else (None, None)
+    tools, date = (
+        (TOOLS if name == "a call" else None, DEFAULT_DATE) if style == "hub" else (None, None)
+    )
     chat = Chat(TOKENIZER, style)
     ids = chat.encode(messages, tools, date, add_generation_prompt=False)
-    answers = [*chat.answers(ids)]
+    spans = [*chat.assistant_spans(ids)]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i, answer in zip(turns, answers, strict=True):
-        assert ids[: answer.start] == chat.encode(messages[:i], tools, date)
-        assert ids[answer.stop - 1] in chat.stop_ids
-        said = chat.parse(ids[answer.start : answer.stop])
-        wanted = messages[i].get("content", "")
-        assert said["content"] == (wanted.strip() if style == "hub" else wanted)
-        assert len(said["tool_calls"]) == len(messages[i].get("tool_calls", ()))
+    for i, span in zip(turns, spans, strict=True):
+        assert ids[: span.start] == chat.encode(messages[:i], tools, date)
+        assert ids[span.stop - 1] in chat.stop_ids
+        parsed = chat.parse(ids[span.start : span.stop])
+        content = messages[i].get("content", "")
+        assert parsed["content"] == (content.strip() if style == "hub" else content)
+        assert len(parsed["tool_calls"]) == len(messages[i].get("tool_calls", ()))
 
 
 def test_the_mask_is_that_of_transformers():
-    """Whose template marks what the assistant generates."""
+    """The template for transformers marks the tokens that the assistant generates."""
     theirs = AutoTokenizer.from_pretrained(TINY)
-    said = "{{- message.content | trim + '<|eot_id|>' }}"
+    content = "{{- message.content | trim + '<|eot_id|>' }}"
     marked = theirs.chat_template.replace(
-        said,
+        content,
         "{%- if message.role == 'assistant' %}{% generation %}"
-        f"{said}{{% endgeneration %}}{{%- else %}}{said}{{%- endif %}}",
+        f"{content}{{% endgeneration %}}{{%- else %}}{content}{{%- endif %}}",
     )
     assert marked != theirs.chat_template
     for name in ("two turns", "a forged turn"):
         messages = [
             message | {"content": message["content"].replace(FORGED, "so")}
-            for message in DIALOGS[name]  # which transformers would take for a turn
+            for message in DIALOGS[name]  # transformers would parse the forged text as a turn
         ]
-        found = theirs.apply_chat_template(
+        expected = theirs.apply_chat_template(
             messages,
             chat_template=marked,
-            date_string=DATE,
+            date_string=DEFAULT_DATE,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        ids, mask = to_example({"messages": messages}, TOKENIZER, CHAT, DATE)
-        assert ids == found["input_ids"]
-        assert mask == [bool(wanted) for wanted in found["assistant_masks"]]
+        ids, mask = to_example({"messages": messages}, TOKENIZER, CHAT, DEFAULT_DATE)
+        assert ids == expected["input_ids"]
+        assert mask == [bool(bit) for bit in expected["assistant_masks"]]
 
 
 def test_a_message_of_weight_0_is_not_learned():
     first, second = ({"role": "assistant", "content": text} for text in ("No.", "Yes."))
     ask = {"role": "user", "content": "Well?"}
     dialog = {"messages": [ask, first | {"weight": 0}, ask, second | {"weight": 1}]}
-    [run] = learned(to_example(dialog, TOKENIZER, CHAT, DATE))
+    [run] = learned_runs(to_example(dialog, TOKENIZER, CHAT, DEFAULT_DATE))
     assert TOKENIZER.decode(run) == "Yes.<|eot_id|>"
 
 
-def test_of_a_prompt_and_its_completion_the_latter_is_learned_with_its_end():
-    example = to_example({"prompt": "Once upon", "completion": " a time"}, TOKENIZER, None, DATE)
-    [run] = learned(example)
+def test_a_completion_is_learned_with_its_end_token():
+    example = to_example(
+        {"prompt": "Once upon", "completion": " a time"}, TOKENIZER, None, DEFAULT_DATE
+    )
+    [run] = learned_runs(example)
     assert TOKENIZER.decode(run) == " a time<|end_of_text|>"
     assert example.ids[: -len(run)] == TOKENIZER.encode("Once upon", bos=True)
 
 
-def test_of_a_text_all_is_learned_but_its_beginning():
-    ids, mask = to_example({"text": "Once upon a time"}, TOKENIZER, None, DATE)
+def test_a_text_is_learned_except_the_begin_token():
+    ids, mask = to_example({"text": "Once upon a time"}, TOKENIZER, None, DEFAULT_DATE)
     assert ids == TOKENIZER.encode("Once upon a time", bos=True, eos=True)
     assert mask == [False] + [True] * (len(ids) - 1)
 
 
-def test_what_is_too_long_loses_its_end_and_what_has_lost_its_answer_is_left_out():
+def test_long_examples_are_cut_and_dropped_if_nothing_is_left_to_learn():
     long = {"messages": [{"role": "user", "content": "so " * 90}, *DIALOGS["two turns"][2:3]]}
     records = [long, {"text": "Once upon a time"}, {"text": "so " * 90}]
-    examples, num_cut, num_lost = to_examples(records, TOKENIZER, CHAT, context=64)
+    examples, num_truncated, num_dropped = to_examples(records, TOKENIZER, CHAT, context=64)
     assert [len(example.ids) for example in examples] == [6, 64]
     assert all(len(ids) == len(mask) for ids, mask in examples)
-    assert (num_cut, num_lost) == (1, 1)
+    assert (num_truncated, num_dropped) == (1, 1)
 
 
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
         ({"message": []}, "neither messages, nor a prompt and a completion, nor a text"),
-        ({"messages": []}, "expected a list with a message in it"),
-        ({"messages": DIALOGS["two turns"][:2]}, "the assistant says nothing in it"),
+        ({"messages": []}, "expected a list with at least one message"),
+        ({"messages": DIALOGS["two turns"][:2]}, "no assistant message to learn"),
         ({"messages": [{"role": "assistant", "content": "Hi", "weight": 2}]}, "weight is 2"),
         ({"messages": ["Hi"]}, "expected a dict"),
-        ({"prompt": "Hi", "completion": ""}, "no text in it to be learned"),
+        ({"prompt": "Hi", "completion": ""}, "the text to learn is empty"),
         ({"text": 7}, "expected a text, got 7"),
     ],
 )
-def test_a_record_that_is_no_example_is_named(record, problem):
+def test_an_invalid_record_is_refused_by_number(record, problem):
     with pytest.raises(ValueError, match=f"record 2: .*{problem}"):
         to_examples([{"text": "fine"}, record], TOKENIZER, CHAT, context=64)
 

@@ -1,0 +1,1 @@
+"""LoRA adapters, and adapter files in the format of PEFT."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: packed batches, pages of keys and values, attention over pages."""

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading both layouts, saving in the Hub's layout, downloads."""

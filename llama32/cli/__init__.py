@@ -1,0 +1,1 @@
+"""The `llama32` command line."""

@@ -1,0 +1,1 @@
+"""Model quality: perplexity, and an adapter for EleutherAI's lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""Interpretability: capture and edit the tensors inside a forward pass."""

@@ -1,0 +1,1 @@
+"""Fast linear layers, and the autotuner to time and select kernels."""

@@ -1,0 +1,1 @@
+"""A model on several processes: tensor parallelism and sharded training (FSDP)."""

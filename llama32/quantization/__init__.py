@@ -1,0 +1,1 @@
+"""Quantized weights: plain layers that replace the linear layers of a model."""
