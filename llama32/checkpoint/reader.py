@@ -52,7 +52,7 @@ class Checkpoint:
     folder: Path
     layout: Layout
     config: LlamaConfig
-    tensors: Mapping[str, StoredTensor]  # by our names, without a tied lm_head
+    tensors: Mapping[str, StoredTensor]  # by the model's names, without a tied lm_head
 
     @property
     def files(self) -> list[Path]:
@@ -94,9 +94,9 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
     """Detect the layout of a folder; check all names, shapes and dtypes against the config.
 
     `rope_factor` is for Meta's layout, which does not store the factor (`LlamaConfig.from_meta`).
-    An lm_head equal to a tied embedding is dropped. If the config ties a different lm_head, both
-    weights are used, as in transformers; in the Hub's layout with a warning. Raises ValueError or
-    FileNotFoundError, with a message of one line.
+    An lm_head equal to a tied embedding is dropped. If the config ties them but they differ,
+    both weights are used, as in transformers; the Hub's layout also gets a warning. Raises
+    ValueError or FileNotFoundError, with a message of one line.
     """
     folder, layout = _find_layout(Path(folder))
     if layout == "meta":
@@ -140,13 +140,14 @@ def read_model(
     """Read a model of either layout, in the stored dtype unless `dtype` is given.
 
     Memory peaks at the weights plus the largest tensor: each weight goes from the mapped file
-    straight to the device. On a CPU, too, weights are copied. The copy costs 0.2 s per GB once, but
-    products with mapped weights are 10% slower every time, and a mapped file that is changed or cut
-    short changes the weights or kills the process. Warns of NaN and infinity, at 0.04 s per GB.
+    straight to the device. Weights are copied even on a CPU. The copy costs 0.2 s per GB once, but
+    matrix products with mapped weights are always 10% slower, and a change or truncation of a
+    mapped file changes the weights or kills the process. Warns of NaN and infinity, a check that
+    takes 0.04 s per GB.
 
     `on_progress(done, total)` counts the bytes read. `on_layer(model, name)` is called for each
-    linear layer once the weight is loaded and may replace the layer; then the model is never in
-    memory as stored. If a replacement unties embedding and head, the embedding reads rows from the
+    linear layer once the weight is loaded, and may replace the layer; the complete model is then
+    never in memory in the stored form. If a replacement unties embedding and head, the embedding reads rows from the
     file at every lookup: the file must not be overwritten while the model is in use (replacing the
     file is safe). Logs a description of the checkpoint at level INFO. Raises ValueError or
     FileNotFoundError, with a message of one line, for bad files.
@@ -158,7 +159,7 @@ def read_model(
     logger.info("%s", checkpoint)
     dtype = dtype or checkpoint.dtype
     model = empty_model(checkpoint.config, dtype)
-    files = MappedFiles(budget=checkpoint.nbytes // 32)  # 3% more memory; files are mapped 32 times
+    files = MappedFiles(budget=checkpoint.nbytes // 32)  # costs 3% memory, maps files 32 times
     done, total, broken = 0, checkpoint.nbytes, []
     for layer, names in groupby(checkpoint.tensors, key=lambda name: name.rpartition(".")[0]):
         for name in names:
@@ -181,7 +182,7 @@ def read_model(
 def _load_tensor(
     stored: StoredTensor, files: MappedFiles, device: str | torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return a tensor on the device: a float weight in `dtype`, others in the stored dtype."""
+    """Return a tensor on the device: float weights in `dtype`, other tensors as stored."""
     is_cast = stored.name.endswith(".weight") and stored.dtype in FLOAT_DTYPES
     tensor = torch.empty(stored.shape, dtype=dtype if is_cast else stored.dtype, device=device)
     stored.copy_to(tensor, files)
@@ -210,7 +211,7 @@ def _call_on_layer(
 ) -> None:
     """Call `on_layer` for a linear layer with a loaded weight.
 
-    Afterwards an untied embedding reads rows from the file, except on CUDA.
+    If the call unties the embedding, the embedding then reads rows from the file, except on CUDA.
     """
     was_tied = is_tied(model)
     if layer == "embed" and was_tied:
@@ -231,7 +232,7 @@ def _embedding_in_file(embed: nn.Module, stored: Mapping[str, StoredTensor]) -> 
     if isinstance(embed, nn.Embedding):
         return StoredEmbedding(rows, lambda vectors: vectors, embed.weight.dtype)
     assert isinstance(embed, QuantizedEmbedding)
-    layer_type = type(embed.layer)  # several tensors: stored quantized; one: floats to quantize
+    layer_type = type(embed.layer)  # several tensors: stored quantized; one tensor: quantize the floats
     layer = layer_type if len(rows) > 1 else layer_type.from_float
     return StoredEmbedding(rows, lambda *parts: layer(*parts).dequantized(), embed.like.dtype)
 

@@ -80,7 +80,7 @@ RopeFactor = Annotated[
 
 @dataclass
 class ModelOptions:
-    """The model with device and format."""
+    """Options that select the model, device, dtype and optimizations."""
 
     model: Annotated[str, model_option("--model", "-m", help="A folder, a Hub id, or tiny.")] = (
         "tiny"
@@ -155,7 +155,7 @@ def engine_settings(
         str | None, engine_option(help="int8: half the cache memory, with rounded keys and values.")
     ] = None,
 ) -> EngineSettings:
-    """Return the engine settings that a server exposes."""
+    """Return the engine settings that `serve` offers as options."""
     return EngineSettings(**locals())
 
 
@@ -202,7 +202,7 @@ def sampling_changes(
         sampling_option(help="With --json: log-probabilities, also of this many top tokens."),
     ] = None,
 ) -> dict[str, Any]:
-    """Return the given fields of `Sampling`, validated before a model is loaded."""
+    """Return the `Sampling` fields set on the command line, validated before a model loads."""
     changes = {name: value for name, value in locals().items() if value not in (None, [])}
     Sampling(**changes)
     return changes

@@ -2,8 +2,8 @@
 
 In a matrix product no row reads another row. Yet the last bits of a row depend on the number of
 rows, because libraries choose the order of sums by shape. Rows are therefore padded to a count that
-gives the bits of a canonical count, or split into several calls if there is no such count.
-Libraries do not document these counts, so a probe tests each count on the model, once.
+gives the same bits as a canonical count, or split into calls of the canonical count if no other
+count does. Libraries do not document these counts, so a probe tests each count once on the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,9 @@ from llama32.rope import rotary_cos_sin
 class CallPlanner:
     """Distributes the spans of a step over model calls, each with a row count.
 
-    The spans share a call with the first row count in `candidates(n)` that `agrees` accepts. If no
-    count is accepted, the spans are split into calls of `canonical` rows.
+    `candidates(n)` lists row counts for n tokens. The spans share one call, with the first count
+    that `agrees` accepts. If no count is accepted, the spans are split into calls of `canonical`
+    rows.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CallPlanner:
 
 
 def unpadded() -> CallPlanner:
-    """Return a planner for as many rows as tokens."""
+    """Return a planner that adds no padding: one row per token."""
     return CallPlanner(lambda n: [n], canonical=1)
 
 
@@ -70,8 +71,8 @@ def padded_to(sizes: Sequence[int]) -> CallPlanner:
 def padded_to_agreeing(probe: "RowCountProbe") -> CallPlanner:
     """Return a planner that pads to a row count with the canonical bits.
 
-    Above 8 rows, only multiples of 8 are tried: few probes, little padding. Up to 8 rows, padding
-    is as small as possible: most libraries only treat a single row differently.
+    Above 8 rows, only multiples of 8 are tried, which keeps both probes and padding few. Up to 8
+    rows, the exact count is tried first: most libraries treat only a single row differently.
     """
 
     def candidates(n: int) -> list[int]:
@@ -86,7 +87,7 @@ def plan_rows(
 ) -> tuple[CallPlanner, CallPlanner, bool]:
     """Return planners for prefill and decode, and whether the engine is batch-invariant.
 
-    `sizes` are the only row counts allowed in decode, if any. Raises ValueError if `deterministic`
+    `sizes`, unless empty, lists the only row counts allowed in decode. Raises ValueError if `deterministic`
     is True and batch invariance is impossible.
     """
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -100,7 +101,7 @@ def plan_rows(
                 f"deterministic: on {device} in {dtype} the bits of a row depend on its place in "
                 f"the batch, so True is not possible; leave it at None or False"
             )
-        # By default only at no cost: if a single request needs no padding.
+        # The default, None, means True only if free: a single request then needs no padding.
         deterministic = is_possible and (deterministic or decode.agrees(1))
     if not deterministic:
         return unpadded(), padded_to(sizes) if sizes else unpadded(), False
@@ -166,8 +167,8 @@ class RowCountProbe:
         results = [layer(x, cos_sin, attend_to_self) for layer in self._layers]
         if self._has_head:
             results.append(self._model.lm_head(self._model.norm(x)))
-        # Sums in fp32 that are rounded to 16 bits seldom show a different last bit, but some do, so
-        # compare the fp32 sums themselves.
+        # Rounding to 16 bits hides most differences between fp32 sums, but not all, so compare the
+        # fp32 sums themselves.
         for leaf in self._fp32_leaves:
             width = leaf.shape[1]
             noise = (1.2345678 * x.float()).sin().repeat(1, -(-width // x.shape[-1]))
@@ -183,7 +184,7 @@ def attend_to_self(
 
 
 def signature(module: nn.Module) -> tuple:
-    """Return all that selects a module's kernels: types, shapes and dtypes, not values."""
+    """Return the properties that select a module's kernels: types, shapes and dtypes."""
     modules = tuple((name, type(part), part.extra_repr()) for name, part in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
     return modules, tuple((name, x.shape, x.dtype, x.device) for name, x in tensors)

@@ -6,7 +6,7 @@
         engine.step()
     print([request.output for request in requests])
 
-The engine works on token ids; text, stop strings and chat are the caller's. Each step advances all
+The engine works on token ids; the caller handles text, stop strings and chat. Each step advances all
 running requests. A lock guards the methods, so threads may share an engine.
 """
 
@@ -33,7 +33,7 @@ from llama32.sampling_params import Sampling
 
 @runtime_checkable
 class StepRunner(Protocol):
-    """The runner that an engine needs. Tests use a fake without a model."""
+    """The runner interface that an engine needs. Tests use a fake without a model."""
 
     num_pages: int
     page_size: int
@@ -96,8 +96,8 @@ class Engine:
         """Queue a request. Steps extend `request.tokens` until `request.finish_reason` is set.
 
         `on_token` receives every token, `on_prefill(done, total)` the progress of the prompt. An
-        exception in a callback ends the request with the reason "error" and affects no other.
-        `matcher` (`text/grammar.py`) restricts the output to a grammar, and excludes drafts. Raises
+        exception in a callback ends the request with the reason "error"; other requests continue.
+        `matcher` (`text/grammar.py`) restricts the output to a grammar, and disables drafts. Raises
         ValueError if the request can never run: an empty prompt, unknown token ids, or a length
         beyond the context or the cache.
         """
@@ -127,7 +127,7 @@ class Engine:
         return request
 
     def warm_up(self, on_progress: Callable[[int, int], object] = lambda done, total: None) -> None:
-        """Compile the model now instead of with the first requests."""
+        """Compile the model now rather than during the first requests."""
         with self._lock:
             self._require_runner().warm_up(on_progress)
 
@@ -139,7 +139,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step; return the requests that got one or more tokens, or ended.
 
-        If the model raises, the exception propagates and all requests are as before the step.
+        If the model raises, the exception propagates and all requests stay as before the step.
         """
         with self._lock:
             runner = self._require_runner()
@@ -178,7 +178,7 @@ class Engine:
             raise request.error
 
     def abort(self, request: Request) -> None:
-        """End a request, unless already ended, and release the pages at once."""
+        """End a request that has not ended yet, and release the pages at once."""
         with self._lock:
             if request.finish_reason is None:
                 self._end(request, "abort")
@@ -250,7 +250,7 @@ class Engine:
             self._counts["accepted"] += len(tokens) - len(counts)
 
     def _release(self, request: Request) -> None:
-        """Discard the drafter's state of a request without pages."""
+        """Discard the drafter's state for a request whose pages were released."""
         if self._speculator is not None:
             self._speculator.release(request)
 

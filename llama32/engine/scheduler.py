@@ -7,8 +7,8 @@ neither wait for long answers nor delay them.
 Requests start in order of arrival. If a running request needs a page and no page is available, the
 youngest running request is preempted: its pages are released (cached pages become evictable), the
 request returns to the head of the queue, and its tokens are computed again once pages are
-available. The oldest request is never preempted and therefore ends; then the next request is the
-oldest. Hence all requests end.
+available. The oldest request is never preempted, so it always ends, and the next request becomes
+the oldest. Hence all requests end.
 """
 
 from collections import OrderedDict
@@ -36,9 +36,9 @@ class ScheduledStep(NamedTuple):
     """The work of a step: prefill chunks without logits, then decode rows.
 
     A decode chunk has a row per token. The row of the last known token gives the next token.
-    Chunks of several rows replay the generated tokens of a preempted request, or have drafts behind
-    the last known token, each of which may give a token. A request is in both lists in the step
-    that completes its prompt.
+    A chunk of several rows replays the generated tokens of a preempted request, or has drafts after
+    the last known token; each draft row may give one more token. A request is in both lists in the
+    step that completes its prompt.
     """
 
     prefill: Sequence[Chunk]
@@ -81,7 +81,7 @@ class Scheduler:
         self._requests_with_drafts: list[Request] = []  # since the last schedule()
         self._alignment = alignment
         self._on_release = on_release
-        self._pending: dict[int, Request] = {}  # page digest to the running request that fills it
+        self._pending: dict[int, Request] = {}  # page digest -> running request that fills the page
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if the whole cache is too small for the request."""
@@ -98,7 +98,7 @@ class Scheduler:
     def finish(self, request: Request, *, invalidate: bool = False) -> None:
         """Remove a waiting or running request and release its pages.
 
-        `invalidate` also removes the pages from the prefix cache, because of invalid content.
+        With `invalidate`, the pages leave the prefix cache too, because the content is invalid.
         """
         if request in self.waiting:
             del self.waiting[request]
@@ -125,7 +125,7 @@ class Scheduler:
                     prefill.append(Chunk(request, start, stop))
                     budget -= stop - start
                     start = stop
-            if start >= end:  # from the last prompt token on: one row, or several of a replay
+            if start >= end:  # the prompt is complete: decode one row, or replay several
                 stop = min(request.length, start + 1 + budget)
                 decode.append(Chunk(request, start, stop))
                 budget -= stop - start - 1
@@ -134,9 +134,9 @@ class Scheduler:
     def reserve_drafts(self, request: Request, count: int) -> int:
         """Allocate slots for up to `count` drafts of a scheduled request; return the number.
 
-        Further limits are the tokens that the request may still get after the next token, and the
-        slots available without eviction. The next schedule() first releases the pages, so drafts
-        never delay or preempt a request.
+        The number is also limited by the tokens that the request may still get after the next
+        token, and by the slots available without eviction. The next schedule() releases the pages
+        first, so drafts never delay or preempt a request.
         """
         self._requests_with_drafts.append(request)
         count = min(count, request.max_length - request.length - 1)
@@ -161,7 +161,7 @@ class Scheduler:
                 self.pages.discard(page)
         self._pending.clear()
         for request in self.running:
-            request.keys = ()  # its next full page may mix both models
+            request.keys = ()  # the next full page may hold keys and values of both models
 
     def snapshot(self) -> CacheSnapshot:
         """Return the pages of each running request, and the evictable pages."""
@@ -190,7 +190,7 @@ class Scheduler:
         self._requests_with_drafts.clear()
 
     def _ensure_decode_pages(self) -> bool:
-        """Allocate pages for the next token of all running requests; False after a preemption."""
+        """Allocate pages for the next token of all running requests; False if any was preempted."""
         num_running = len(self.running)
         for request in tuple(self.running):
             missing = self._pages_for(request.length) - len(request.pages)
@@ -236,10 +236,10 @@ class Scheduler:
         cached = self.prefix_cache.match(request.keys)
         missing = request.keys[len(cached) :]
         if missing and missing[0].digest in self._pending:
-            return False  # a running request is about to compute the page, for both
+            return False  # a running request is about to compute the page: wait and share
         needed = self._pages_for(request.length) - len(cached)
         reused = sum(map(self.pages.is_evictable, cached))
-        reserve = len(self.running)  # a page of growth for each, or a preemption would soon follow
+        reserve = len(self.running)  # one spare page per running request, to avoid preemption
         if needed + reused + reserve > self.pages.num_available:
             return False
         self.pages.incref(cached)

@@ -4,16 +4,17 @@ A drafter guesses the next tokens. The model runs over all guesses in one step, 
 its logits verify the guesses. (Leviathan et al. 2023)
 
 The model computes a row in the same way for a draft and for a known token, and the token sampled
-from a row is a function of the logits, the seed and the position (`sampling.py`). Every row behind
+from a row is a function of the logits, the seed and the position (`sampling.py`). Every row after
 correct tokens therefore gives the request's true next token, and a draft is accepted if equal to
-the true token. The output is the output without drafts: to the bit if the engine is deterministic,
+the true token. Drafts leave the output unchanged: to the bit if the engine is deterministic,
 otherwise up to rounding.
 
-The rejection sampling of the paper only preserves the distribution. A token drawn from q is
-accepted with probability min(1, p / q). For deterministic drafts, such as n-gram matches, both
-methods accept with probability p. A draft model samples with the same random number as the model,
-and a draft is accepted if the number leads both models to the same token: less often than the
-paper's 1 - TV(p, q), and always if both are greedy and rank the same token first.
+The paper's rejection sampling preserves only the distribution: a token drawn from the drafter's
+distribution q is accepted with probability min(1, p / q), where p is the model's distribution. For
+deterministic drafts, such as n-gram matches, both methods accept with probability p. A draft model
+samples with the same random number as the model. The draft is accepted if both models then pick the
+same token: less often than the paper's 1 - TV(p, q), but always if both models are greedy and rank
+the same token first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +24,8 @@ from llama32.engine.request import Request
 from llama32.engine.scheduler import ScheduledStep, Scheduler
 from llama32.engine.settings import Drafter
 
-# Growth of a draft length below one, per step without drafts: a request whose only draft was wrong
-# gets the next draft after 8 steps.
+# Growth per step of a draft length below one. A request whose only draft was wrong has the length
+# 1/2, and gets the next draft after 8 steps.
 RETRY_RATE = 1 / 16
 
 
@@ -42,10 +43,10 @@ Token = TypeVar("Token", bound=HasToken)
 
 
 def accept(drafts: Sequence[int], sampled: Sequence[Token]) -> Sequence[Token]:
-    """Return the sampled tokens up to the first that differs from its draft.
+    """Return the sampled tokens up to and including the first mismatch with a draft.
 
-    `sampled[i]` is the model's token in place of `drafts[i]`; the last follows all drafts. The
-    first token that differs is valid, the tokens behind follow a wrong draft.
+    `sampled[i]` is the model's own token at the position of `drafts[i]`; the last sampled token
+    follows all drafts. The first mismatch is a valid token; later tokens follow a wrong draft.
     """
     num_accepted = 0
     while num_accepted < len(drafts) and sampled[num_accepted].id == drafts[num_accepted]:
@@ -54,7 +55,7 @@ def accept(drafts: Sequence[int], sampled: Sequence[Token]) -> Sequence[Token]:
 
 
 def group_by_position(tokens: Iterable[Token]) -> list[list[Token]]:
-    """Group by position in the step: the first token of every request, the second, and so on.
+    """Group tokens by position: the first token of every request, then the second, and so on.
 
     Without tokens, returns a single empty group.
     """
@@ -69,10 +70,10 @@ def group_by_position(tokens: Iterable[Token]) -> list[list[Token]]:
 
 
 class Speculator:
-    """Adds drafts to steps, as many per request as acceptance so far suggests.
+    """Adds drafts to steps, and adapts the number of drafts per request to the acceptance.
 
     The draft length of a request grows by one if all drafts were accepted, and is halved if fewer
-    than half were. Below one, the request gets no drafts for a while.
+    than half were. While the length is below one, the request gets no drafts.
     """
 
     def __init__(self, drafter: Drafter, num_tokens: int) -> None:
@@ -84,7 +85,7 @@ class Speculator:
         """Return the step just scheduled, with rows for drafts."""
         limits: dict[Request, int] = {}
         for request, _, stop in step.decode:
-            if request.matcher is not None:  # knows the allowed tokens of the next position only
+            if request.matcher is not None:  # a matcher only knows the next position
                 continue
             length = int(self._draft_lengths.get(request, self._num_tokens))
             if stop == request.length and (room := scheduler.reserve_drafts(request, length)):

@@ -27,8 +27,8 @@ from llama32.text.tools import Tools
 class LLM:
     """A model with the tokenizer, chat format and defaults of its checkpoint; see `load`.
 
-    Every method accepts a `Sampling` in place of the checkpoint's `defaults`, and single settings
-    by name: `generate(text, temperature=0)`.
+    Methods that generate accept a `Sampling` in place of the checkpoint's `defaults`, and single
+    settings by name: `generate(text, temperature=0)`.
     """
 
     model: Llama
@@ -65,7 +65,7 @@ class LLM:
             return self._engines[key]
 
     def warm_up(self, on_progress: Callable[[int, int], object] = lambda done, total: None) -> None:
-        """Compile before the first request whatever `engine_settings` ask to compile."""
+        """Compile in advance, as `engine_settings` specify, not during the first request."""
         self.engine.warm_up(on_progress)
 
     @overload
@@ -117,11 +117,11 @@ class LLM:
         progress: bool | None = None,
         **changes: Any,
     ) -> list[Result]:
-        """Return `n` continuations of a prompt, which is computed only once.
+        """Return `n` continuations of a prompt; the prompt is computed only once.
 
-        A seed goes to the first continuation; the rest get derived seeds. `best_of` generates more
-        continuations and keeps the `n` of the highest mean log-probability per token, highest
-        first.
+        The first continuation uses a given seed; the rest use seeds derived from the seed.
+        `best_of` is the number of continuations to generate; the `n` with the highest mean
+        log-probability per token are returned, highest first.
         """
         num_candidates = n if best_of is None else best_of
         if not 1 <= n <= num_candidates:
@@ -144,7 +144,7 @@ class LLM:
         on_prefill: Callable[[int, int], None] | None = None,
         **changes: Any,
     ) -> Stream:
-        """Continue a prompt, piece by piece. A piece never ends inside a character.
+        """Stream the continuation of a prompt in pieces. A piece never ends inside a character.
 
         `on_prefill(done, total)` counts the prompt tokens computed.
         """
@@ -162,13 +162,13 @@ class LLM:
         date: str | None = None,
         **changes: Any,
     ) -> Result:
-        """Answer a dialog of {"role", "content"} messages; `result.messages` continue the dialog.
+        """Answer a dialog of {"role", "content"} messages; `result.messages` holds the new messages.
 
         `tools` are JSON descriptions of functions, as in OpenAI's API, or Python functions, whose
-        signature and docstring become the description (`text/tools.py`). With `run_tools` the
-        functions that the model calls are run, and the model reads their results or errors, until
-        an answer without a call or after `max_rounds` rounds of calls; the last message may then be
-        another call. `date` is today's date in the prompt, "26 Jul 2024"; None means today.
+        signature and docstring become the description (`text/tools.py`). `run_tools` runs the
+        functions that the model calls, and the model reads the results or errors. The rounds end
+        with an answer without a call, or after `max_rounds` rounds; the last message may then still
+        be a call. `date` is the date in the prompt, like "26 Jul 2024"; None means today.
         """
         toolbox = Tools(tools or ())
         added: list[dict[str, Any]] = []
@@ -193,7 +193,7 @@ class LLM:
         on_prefill: Callable[[int, int], None] | None = None,
         **changes: Any,
     ) -> Stream:
-        """Answer a dialog, piece by piece. Tool calls are returned, never run."""
+        """Stream the answer to a dialog in pieces. Tool calls are returned, never run."""
         chat = self.require_chat()
         ids = chat.encode(messages, tools=Tools(tools or ()).schemas, date=date)
         prepared = self.prepare(ids, self._sampling(sampling, changes), chat)

@@ -1,8 +1,8 @@
 """The stages of a byte-level BPE tokenizer: cut out added tokens, split into pieces, merge bytes.
 
 Splitting uses `regex` and not tiktoken, because a tokenizer.json may split several times in a row,
-and because tiktoken's own engine panics at a million spaces. Merging is tiktoken's, in time linear
-in the length of a piece.
+and because tiktoken's regex engine panics at a million spaces. tiktoken does the merging, in time
+linear in the length of a piece.
 """
 
 import operator
@@ -14,7 +14,7 @@ from itertools import pairwise
 import regex
 import tiktoken
 
-SplitAddedTokens = Callable[[str], list[str | int]]  # text -> ids of added tokens, text between
+SplitAddedTokens = Callable[[str], list[str | int]]  # text -> added ids and text between
 Split = Callable[[str], list[str]]  # text -> pieces
 Merge = Callable[[str], list[int]]  # piece -> ids
 
@@ -80,7 +80,7 @@ class TokenizerParts:
     bos_id: int | None
     eos_id: int | None
     normalize: Callable[[str], str] = str
-    split_long: Callable[[str], Iterable[str]] = lambda text: [text]  # the first stage
+    split_long: Callable[[str], Iterable[str]] = lambda text: [text]  # before the other stages
 
 
 def split_added_tokens(
@@ -103,9 +103,9 @@ def split_added_tokens(
 def _added_token_finder(
     added: list[AddedToken], normalize: Callable[[str], str]
 ) -> SplitAddedTokens:
-    """Return a function that matches leftmost, then longest, then checks the flags.
+    """Return a function that finds added tokens in a text.
 
-    The order is that of the `tokenizers` library.
+    The leftmost match wins, then the longest; the flags are checked last, as in `tokenizers`.
     """
     if not added:
         return lambda text: [text] if text else []
@@ -159,17 +159,17 @@ JOIN_RULES = {  # (previous piece matches, piece matches) -> whether to join the
 
 
 def split_by(pattern: str, behavior: str = "Isolated", invert: bool = False) -> Split:
-    """Return a split into matches of `pattern` and the text between. (`Split` in tokenizer.json)
+    """Return a function that splits a text at matches of `pattern`. (`Split` in tokenizer.json)
 
     Patterns are written for Oniguruma, hence V1 (nested sets) and MULTILINE (`$` ends a line).
-    Only Oniguruma's `\\w` differs, in ² ³ ¹ ¼ ½ ¾ and the zero-width joiner and non-joiner. Raises
-    ValueError if the pattern does not compile.
+    The only known difference is `\\w` for ² ³ ¹ ¼ ½ ¾ and the zero-width joiner and non-joiner.
+    Raises ValueError if the pattern does not compile.
     """
     try:
         compiled = regex.compile(f"({pattern})", regex.V1 | regex.MULTILINE)
     except regex.error as error:
         raise ValueError(f"the pattern {pattern!r} does not compile: {error}") from None
-    period = compiled.groups + 1  # gap, match, groups of the match; gap, match, ...
+    period = compiled.groups + 1  # parts repeat: text between, match, groups in the match
     joins = JOIN_RULES[behavior]
 
     def split(text: str) -> list[str]:
@@ -195,8 +195,8 @@ def split_by(pattern: str, behavior: str = "Isolated", invert: bool = False) -> 
 def bpe_merge(vocab: dict[bytes, int], ranks: dict[bytes, int], ignore_merges: bool) -> Merge:
     """Return a function that merges the bytes of a piece, lowest rank first, into token ids.
 
-    With `ignore_merges` (a field in tokenizer.json) a piece that is a token is not merged. Ids need
-    not be in the order of merging. Bytes without a token are dropped, as in `tokenizers`.
+    With `ignore_merges` (a field in tokenizer.json) a piece that equals a token gets the token's id
+    without merging. The order of ids may differ from the order of merges. Bytes without a token are dropped, as in `tokenizers`.
     """
     bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=ranks, special_tokens={})
     ids = {rank: vocab[token] for token, rank in ranks.items() if token in vocab}
@@ -216,10 +216,11 @@ def bpe_merge(vocab: dict[bytes, int], ranks: dict[bytes, int], ignore_merges: b
 def merge_ranks(merges: list[tuple[bytes, bytes]], ignore_merges: bool) -> dict[bytes, int]:
     """Return ranks with which tiktoken performs exactly the listed merges.
 
-    tiktoken merges any neighbours that form a ranked token, a tokenizer.json only the listed pairs.
-    But the bytes of a future token merge as if alone until a merge crosses an edge. So the last
-    merge of a token is the same in every text, and the position of the last merge in the list is
-    the only rank that tiktoken needs. A token that no listed merge completes gets no rank.
+    tiktoken merges any neighbours that form a ranked token, whereas a tokenizer.json merges only
+    the listed pairs. Yet the bytes of a token merge as in a text of only the token, unless a merge
+    crosses the token's edge. So the last merge of a token is the same in every text, and the index
+    of the last merge is the only rank that tiktoken needs. A token that no listed merge completes
+    gets no rank.
     """
     order = {pair: i for i, pair in enumerate(merges)}
     merged = [left + right for left, right in merges]
@@ -231,9 +232,9 @@ def merge_ranks(merges: list[tuple[bytes, bytes]], ignore_merges: bool) -> dict[
 
 
 def _lists_every_pair(order: dict[tuple[bytes, bytes], int], merged: list[bytes]) -> bool:
-    """True if every pair that forms a token is listed, token by token, as in Llama 3's file.
+    """True if every pair that forms a token is listed, grouped by token, as in Llama 3's file.
 
-    Then any pair gives the token's rank, and 128,000 tokens need not be merged to find the ranks.
+    The index of any pair then serves as the token's rank, which saves merging 128,000 tokens.
     """
     tokens = {*BYTES, *merged}
     is_grouped = 1 + sum(map(operator.ne, merged, merged[1:])) == len({*merged})

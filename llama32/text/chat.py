@@ -1,8 +1,8 @@
-"""The Llama 3 chat format: messages and tools to token ids and back, as on the Hub or at Meta.
+"""The Llama 3 chat format: messages and tools to token ids and back, in the Hub's or Meta's style.
 
 A style renders a dialog into segments (texts or control tokens), and only `Chat.to_ids` turns
 segments into ids. Text stays text: no message can end its own turn or forge another turn. Every
-text segment is encoded alone, so the borders between texts decide the exact ids.
+text segment is encoded alone, so the exact ids depend on the borders between texts.
 """
 
 import json
@@ -30,7 +30,7 @@ class Control(Enum):
 
 
 Segment = str | Control
-Message = tuple[str, Any, list[Call]]  # role in the header, text or JSON of a tool, tool calls
+Message = tuple[str, Any, list[Call]]  # role in the header, content (text or JSON), tool calls
 
 
 class Chat:
@@ -53,7 +53,7 @@ class Chat:
         self.prompt = self.to_ids(_header("assistant", "\n\n"))  # the generation prompt
 
     def to_ids(self, segments: Iterable[Segment]) -> list[int]:
-        """Return the ids of segments: the only source of control ids, never made from text."""
+        """Return the ids of segments. Control ids come only from here, and never from text."""
         ids = []
         for segment in segments:
             is_text = isinstance(segment, str)
@@ -84,8 +84,8 @@ class Chat:
     def assistant_spans(self, ids: list[int]) -> Iterator[range]:
         """Yield the range of each assistant message in the ids of a dialog, with the stop token.
 
-        A model has to generate exactly the tokens in these ranges. Control ids come from the format
-        alone, so no other message can pass for an assistant's.
+        The ranges cover exactly the tokens that a model has to generate. Control ids come from the
+        format alone, so no other message can imitate an assistant message.
         """
         n = len(self.prompt)
         for start in range(n, len(ids)):
@@ -101,11 +101,11 @@ class Chat:
         return self.parse_with_problem(ids)[0]
 
     def parse_with_problem(self, ids: Iterable[int]) -> tuple[dict[str, Any], str | None]:
-        """Return the message in a model's output, and the problem with a broken tool call or None.
+        """Return the message in a model's output, and the problem of a broken tool call, or None.
 
         Header and stop token are optional. Text that consists of tool calls alone becomes
         `tool_calls` without content. Calls are numbered ("call_0", ...), so equal ids give equal
-        messages. Any other text behind <|python_tag|> is code: a call of `code_interpreter`.
+        messages. Any other text after <|python_tag|> is code: a call of `code_interpreter`.
         """
         ids = list(takewhile(lambda id: id not in self.stop_ids, ids))
         if ids[: len(self.prompt)] == self.prompt:
@@ -147,7 +147,7 @@ def render_hub(
 ) -> list[Segment]:
     """Render a dialog as the template of Llama 3.2 Instruct on the Hub does.
 
-    The template trims contents, writes tool results as JSON, even text, and drops the content of a
+    The template trims contents, writes tool results (text too) as JSON, and drops the content of a
     message with a tool call. (`chat_template` in tokenizer_config.json)
     """
     date = date or formatdate(localtime=True)[5:16]  # today, in English whatever the locale
@@ -180,7 +180,7 @@ def render_meta(
 ) -> list[Segment]:
     """Render a dialog as Meta's ChatFormat does: messages unchanged, nothing added.
 
-    `tool_prompt_format` sets the form of earlier calls: "json", or "python_list", the form that
+    `tool_prompt_format` sets the form of tool calls in the dialog: "json", or "python_list", the form that
     Llama 3.2 was trained on. (`llama_models/llama3/chat_format.py`)
     """
     advice = "chat: 'meta' has no tools or date; put them in the system message or use 'hub'"
@@ -207,7 +207,7 @@ def _meta_text(call: Call, tool_prompt_format: str) -> str:
 
 
 def _python_text(value: Any) -> str:
-    """Return a value as Meta writes it, not quite Python: quotes unescaped, dicts {key=value}."""
+    """Return a value in Meta's variant of Python: quotes unescaped, dicts as {key=value}."""
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list):

@@ -37,14 +37,14 @@ class CurvePoint(NamedTuple):
     """A point of the learning curve, with losses in nats per token."""
 
     step: int
-    train: float | None  # mean since the previous point; None at the first
+    train: float | None  # mean since the previous point; None at the first point
     held_out: float | None  # None without held-out data
 
 
 def summed_loss(model: Forward, batch: Microbatch) -> Float[Tensor, ""]:
     """Return the cross-entropy in nats, summed over the targets.
 
-    Of packed documents, only tokens with a target pass through the output head.
+    For packed documents, only tokens with a target pass through the output head.
     """
     if batch.lengths is None:
         logits, targets = model(batch.tokens).flatten(0, -2), batch.targets.flatten()
@@ -72,9 +72,9 @@ def train(
     forward: Forward | None = None,
     mesh: DeviceMesh | None = None,
 ) -> list[CurvePoint]:
-    """Train in place, from the checkpoint in `folder` if there is one.
+    """Train in place, continuing from the checkpoint in `folder` if present.
 
-    A killed and resumed run ends with the bits of an uninterrupted run. `forward` replaces the
+    A killed and resumed run ends with the same bits as an uninterrupted run. `forward` replaces the
     model by a faster function of the same weights. `mesh` is the mesh of a model sharded over
     several processes (`parallel/fsdp.py`); each process takes a part of a step's micro-batches.
     Returns the learning curve, which begins with the held-out loss before training.
@@ -130,7 +130,7 @@ class TrainState:
         micro-batches and processes. Raises ValueError if the processes cannot share the
         micro-batches evenly.
         """
-        if len(batch) % self.world:  # all processes of a sharded model must run equally often
+        if len(batch) % self.world:  # all processes of a sharded model must run it the same number of times
             advice = f"{len(batch)} microbatches a step, which {self.world} processes cannot share"
             raise ValueError(f"training: {advice}")
         num_targets = sum(microbatch.num_targets for microbatch in batch)
@@ -168,7 +168,7 @@ class TrainState:
             if self.group is not None:
                 distributed.all_reduce(mean, group=self.group)
             train_loss = mean.item()
-            if not math.isfinite(train_loss):  # raised before saving: the last checkpoint stays
+            if not math.isfinite(train_loss):  # raise before saving: the last checkpoint stays
                 advice = "a lower peak_rate, or a longer warmup, may help"
                 raise FloatingPointError(f"training: the loss is {train_loss}; {advice}")
         self.curve.append(CurvePoint(self.num_steps, train_loss, held_out_loss))
@@ -185,17 +185,17 @@ class TrainState:
             "curve": [tuple(point) for point in self.curve],
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".writing")  # a kill here leaves the last checkpoint
+        temporary = self.file.with_suffix(".writing")  # a kill here keeps the last checkpoint
         torch.save(progress | state, temporary)
         temporary.replace(self.file)
 
     def resume(self) -> None:
-        """Continue from the file, if present. Raises ValueError for the file of another run."""
+        """Continue from the file, if present. Raises ValueError if the settings have changed."""
         saved: dict[str, Any] = {"model": {}, "optimizer": {}}
         if self.rank == 0 and self.file.exists():
             saved = read_checkpoint(self.file)
         shared = [{key: saved[key] for key in ("config", "step", "curve") if key in saved}]
-        if self.group is not None:  # only rank 0 needs to see the file
+        if self.group is not None:  # so only rank 0 needs access to the file
             distributed.broadcast_object_list(shared, group_src=0, group=self.group)
         (progress,) = shared
         if not progress:
@@ -222,7 +222,7 @@ def fork_seed(seed: str, device: torch.device) -> Iterator[None]:
 def activation_checkpointing(model: Llama, enabled: bool = True) -> Iterator[None]:
     """Keep only the input of each layer, and run the layer again in the backward pass.
 
-    Activations then take the memory of a single layer. (Chen et al. 2016)
+    The other activations then take the memory of a single layer. (Chen et al. 2016)
     """
     if not enabled:
         yield
@@ -243,7 +243,7 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int, list[CurvePoint]], None]]:
-    """Show progress and each point of the curve on stderr. Yields the function to call."""
+    """Show progress and each point of the curve on stderr. Yields the update function."""
     if not shown:
         yield lambda step, curve: None
         return

@@ -212,7 +212,7 @@ def test_low_precision_ends_at_the_logits():
 
 
 def test_a_continuation_without_tokens_of_its_own_is_refused(ours):
-    with pytest.raises(ValueError, match=r"0 tokens.*let it begin with a space"):
+    with pytest.raises(ValueError, match=r"0 tokens.*start the continuation with a space"):
         ask(ours, "loglikelihood", ("She saw a wonder", "ful"))
     with pytest.raises(ValueError, match=f"1025 tokens, allowed: 1 to {CONTEXT}"):
         ask(ours, "loglikelihood", ("", " dog" * (CONTEXT + 1)))
@@ -255,7 +255,7 @@ def test_control_tokens_are_encoded_only_in_a_rendered_chat(ours):
     end = ours.llm.tokenizer.special["<|eot_id|>"]
     assert end in ours.tok_encode(ours.apply_chat_template(DIALOG))
     assert end not in ours.tok_encode("A dog.<|eot_id|>")
-    assert ours.prefix_token_id not in ours.tok_encode(ours.begin, add_special_tokens=False)
+    assert ours.prefix_token_id not in ours.tok_encode(ours.bos_text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("prompted", [True, False])

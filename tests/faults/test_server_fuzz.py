@@ -295,7 +295,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"x" * 10**6: 1}, "Unrecognized .* supplied: x{64}$"),
     (COMPLETE, {"\0\n\u20ac": 1}, r"Unrecognized .* supplied: \\x00\\n\\u20ac$"),
     (TOKENIZE, {"text": "a"}, "Unrecognized .* supplied: text$"),
-    (CHAT, {"logit_bias": {"99999": 1}}, "token 99999"),
+    (CHAT, {"logit_bias": {"99999": 1}}, "token id 99999"),
     (CHAT, {"logit_bias": {"a": 1}}, "token ids"),
     (CHAT, {"logit_bias": {"1.5": 1}}, "token ids"),
     (CHAT, {"logit_bias": {f"{i}": 1 for i in range(-1, 1000)}}, "logit_bias is"),

@@ -608,7 +608,7 @@ def test_a_completion_has_logprobs_in_the_older_shape(client, llm):
          None, "there is no tool 'no'"),
         ({"top_logprobs": 3}, None, "needs logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
-        ({"logit_bias": {"99999": 1}}, None, "token 99999"),
+        ({"logit_bias": {"99999": 1}}, None, "token id 99999"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs it"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema":
           {"type": "cat"}}}}, None, "grammar"),
