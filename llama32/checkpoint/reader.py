@@ -94,9 +94,9 @@ def inspect(folder: str | Path, *, rope_factor: float | None = None) -> Checkpoi
     """Detect the layout of a folder; check all names, shapes and dtypes against the config.
 
     `rope_factor` is for Meta's layout, which does not store the factor (`LlamaConfig.from_meta`).
-    An lm_head equal to a tied embedding is dropped. If the config ties them but they differ,
-    both weights are used, as in transformers; the Hub's layout also gets a warning. Raises
-    ValueError or FileNotFoundError, with a message of one line.
+    A stored lm_head equal to a tied embedding is dropped. If the config ties the two weights but
+    the stored values differ, both are used, as in transformers; in the Hub's layout with a warning.
+    Raises ValueError or FileNotFoundError, with a message of one line.
     """
     folder, layout = _find_layout(Path(folder))
     if layout == "meta":
@@ -147,10 +147,10 @@ def read_model(
 
     `on_progress(done, total)` counts the bytes read. `on_layer(model, name)` is called for each
     linear layer once the weight is loaded, and may replace the layer; the complete model is then
-    never in memory in the stored form. If a replacement unties embedding and head, the embedding reads rows from the
-    file at every lookup: the file must not be overwritten while the model is in use (replacing the
-    file is safe). Logs a description of the checkpoint at level INFO. Raises ValueError or
-    FileNotFoundError, with a message of one line, for bad files.
+    never in memory in the stored form. If a replacement unties embedding and head, the embedding
+    reads rows from the file at every lookup: the file must not be overwritten while the model is in
+    use (replacing the file is safe). Logs a description of the checkpoint at level INFO. Raises
+    ValueError or FileNotFoundError, with a message of one line, for bad files.
     """
     if dtype not in (None, *FLOAT_DTYPES):
         allowed = ", ".join(map(dtype_name, FLOAT_DTYPES))
@@ -232,7 +232,7 @@ def _embedding_in_file(embed: nn.Module, stored: Mapping[str, StoredTensor]) -> 
     if isinstance(embed, nn.Embedding):
         return StoredEmbedding(rows, lambda vectors: vectors, embed.weight.dtype)
     assert isinstance(embed, QuantizedEmbedding)
-    layer_type = type(embed.layer)  # several tensors: stored quantized; one tensor: quantize the floats
+    layer_type = type(embed.layer)  # several tensors: stored quantized; one: stored as floats
     layer = layer_type if len(rows) > 1 else layer_type.from_float
     return StoredEmbedding(rows, lambda *parts: layer(*parts).dequantized(), embed.like.dtype)
 

@@ -71,7 +71,7 @@ def padded_to(sizes: Sequence[int]) -> CallPlanner:
 def padded_to_agreeing(probe: "RowCountProbe") -> CallPlanner:
     """Return a planner that pads to a row count with the canonical bits.
 
-    Above 8 rows, only multiples of 8 are tried, which keeps both probes and padding few. Up to 8
+    Above 8 rows, only multiples of 8 are tried, for few probes and little padding. Up to 8
     rows, the exact count is tried first: most libraries treat only a single row differently.
     """
 
@@ -87,8 +87,8 @@ def plan_rows(
 ) -> tuple[CallPlanner, CallPlanner, bool]:
     """Return planners for prefill and decode, and whether the engine is batch-invariant.
 
-    `sizes`, unless empty, lists the only row counts allowed in decode. Raises ValueError if `deterministic`
-    is True and batch invariance is impossible.
+    `sizes`, unless empty, lists the only row counts allowed in decode. Raises ValueError if
+    `deterministic` is True and batch invariance is impossible.
     """
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
     on_cpu = device.type == "cpu"  # on other devices padding is cheap and splitting expensive
@@ -101,7 +101,7 @@ def plan_rows(
                 f"deterministic: on {device} in {dtype} the bits of a row depend on its place in "
                 f"the batch, so True is not possible; leave it at None or False"
             )
-        # The default, None, means True only if free: a single request then needs no padding.
+        # None asks for batch invariance only at no cost: if one request needs no padding.
         deterministic = is_possible and (deterministic or decode.agrees(1))
     if not deterministic:
         return unpadded(), padded_to(sizes) if sizes else unpadded(), False
@@ -184,7 +184,7 @@ def attend_to_self(
 
 
 def signature(module: nn.Module) -> tuple:
-    """Return the properties that select a module's kernels: types, shapes and dtypes."""
+    """Return all properties that select a module's kernels: types, shapes, dtypes, not values."""
     modules = tuple((name, type(part), part.extra_repr()) for name, part in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
     return modules, tuple((name, x.shape, x.dtype, x.device) for name, x in tensors)

@@ -6,8 +6,8 @@
         engine.step()
     print([request.output for request in requests])
 
-The engine works on token ids; the caller handles text, stop strings and chat. Each step advances all
-running requests. A lock guards the methods, so threads may share an engine.
+The engine works on token ids; the caller handles text, stop strings and chat. Each step advances
+all running requests. A lock guards the methods, so threads may share an engine.
 """
 
 from collections import Counter

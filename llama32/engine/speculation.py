@@ -85,7 +85,7 @@ class Speculator:
         """Return the step just scheduled, with rows for drafts."""
         limits: dict[Request, int] = {}
         for request, _, stop in step.decode:
-            if request.matcher is not None:  # a matcher only knows the next position
+            if request.matcher is not None:  # a matcher can mask only the next token
                 continue
             length = int(self._draft_lengths.get(request, self._num_tokens))
             if stop == request.length and (room := scheduler.reserve_drafts(request, length)):

@@ -162,7 +162,7 @@ class LLM:
         date: str | None = None,
         **changes: Any,
     ) -> Result:
-        """Answer a dialog of {"role", "content"} messages; `result.messages` holds the new messages.
+        """Answer a dialog of {"role", "content"} messages; append `result.messages` to continue.
 
         `tools` are JSON descriptions of functions, as in OpenAI's API, or Python functions, whose
         signature and docstring become the description (`text/tools.py`). `run_tools` runs the

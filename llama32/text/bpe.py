@@ -159,11 +159,12 @@ JOIN_RULES = {  # (previous piece matches, piece matches) -> whether to join the
 
 
 def split_by(pattern: str, behavior: str = "Isolated", invert: bool = False) -> Split:
-    """Return a function that splits a text at matches of `pattern`. (`Split` in tokenizer.json)
+    """Return a function that splits a text into matches of `pattern` and the text between.
 
-    Patterns are written for Oniguruma, hence V1 (nested sets) and MULTILINE (`$` ends a line).
-    The only known difference is `\\w` for ² ³ ¹ ¼ ½ ¾ and the zero-width joiner and non-joiner.
-    Raises ValueError if the pattern does not compile.
+    (`Split` in tokenizer.json) Patterns are written for Oniguruma, hence V1 (nested sets) and
+    MULTILINE (`$` ends a line). The only difference left: Oniguruma's `\\w` treats ² ³ ¹ ¼ ½ ¾ and
+    the zero-width joiner and non-joiner differently. Raises ValueError if the pattern does not
+    compile.
     """
     try:
         compiled = regex.compile(f"({pattern})", regex.V1 | regex.MULTILINE)
@@ -196,7 +197,8 @@ def bpe_merge(vocab: dict[bytes, int], ranks: dict[bytes, int], ignore_merges: b
     """Return a function that merges the bytes of a piece, lowest rank first, into token ids.
 
     With `ignore_merges` (a field in tokenizer.json) a piece that equals a token gets the token's id
-    without merging. The order of ids may differ from the order of merges. Bytes without a token are dropped, as in `tokenizers`.
+    without merging. The order of ids may differ from the order of merges. Bytes without a token are
+    dropped, as in `tokenizers`.
     """
     bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=ranks, special_tokens={})
     ids = {rank: vocab[token] for token, rank in ranks.items() if token in vocab}

@@ -180,8 +180,8 @@ def render_meta(
 ) -> list[Segment]:
     """Render a dialog as Meta's ChatFormat does: messages unchanged, nothing added.
 
-    `tool_prompt_format` sets the form of tool calls in the dialog: "json", or "python_list", the form that
-    Llama 3.2 was trained on. (`llama_models/llama3/chat_format.py`)
+    `tool_prompt_format` sets the form of tool calls in the dialog: "json", or "python_list", the
+    form that Llama 3.2 was trained on. (`llama_models/llama3/chat_format.py`)
     """
     advice = "chat: 'meta' has no tools or date; put them in the system message or use 'hub'"
     require(not tools and date is None, advice)

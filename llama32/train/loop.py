@@ -130,7 +130,7 @@ class TrainState:
         micro-batches and processes. Raises ValueError if the processes cannot share the
         micro-batches evenly.
         """
-        if len(batch) % self.world:  # all processes of a sharded model must run it the same number of times
+        if len(batch) % self.world:  # each process must run the model the same number of times
             advice = f"{len(batch)} microbatches a step, which {self.world} processes cannot share"
             raise ValueError(f"training: {advice}")
         num_targets = sum(microbatch.num_targets for microbatch in batch)
