@@ -1,7 +1,7 @@
 """The tensors of one forward pass: new tokens of several sequences, packed end to end.
 
 Schedulers and loops work with lists, the model works with tensors. `Batch.pack` is the only place
-that converts lists to tensors.
+that converts the lists of a step to tensors.
 """
 
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ class Stats:
 
     @property
     def pages_idle(self) -> int:
-        """Deprecated name of `pages_evictable`, for removal in the next release."""
+        """Deprecated name of `pages_evictable`, for removal in release 0.3."""
         warn("Stats.pages_idle: use Stats.pages_evictable", DeprecationWarning, stacklevel=2)
         return self.pages_evictable
 

@@ -188,7 +188,7 @@ def inspection_routes(service: Service, route_class: Any) -> APIRouter:
     async def cache() -> Any:
         """Report the pages of the KV cache, and the running requests with the pages in use.
 
-        The field `idle` is deprecated, for removal in the next release: use `evictable`.
+        The field `idle` is deprecated, for removal in release 0.3: use `evictable`.
         """
         return await service.run_in_thread(service.cache_view.snapshot)
 

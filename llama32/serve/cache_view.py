@@ -34,7 +34,7 @@ class CacheView:
         """Return the JSON of `/cache`. Page numbers are in runs, [first, count].
 
         A shared page is in the runs of every request that uses the page. `idle` equals `evictable`
-        and is deprecated, for removal in the next release.
+        and is deprecated, for removal in release 0.3.
         """
         cache = self._engine.snapshot()
         evictable = page_runs(cache.evictable)

@@ -85,7 +85,7 @@ class EngineCollector(Collector):
             ),
             "cache_pages_idle": (
                 stats.pages_evictable,
-                "Deprecated, removed in the next release: use llama32_cache_pages_evictable",
+                "Deprecated, removed in release 0.3: use llama32_cache_pages_evictable",
             ),
         }
         for name, (value, help_text) in gauges.items():

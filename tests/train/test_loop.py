@@ -155,7 +155,7 @@ def test_a_run_is_not_resumed_with_another_config_or_with_other_weights(tmp_path
         run(tmp_path, peak_rate=1e-4)
     model = fresh_model()
     add_lora(model)
-    with pytest.raises(ValueError, match="not of what is trained here"):
+    with pytest.raises(ValueError, match="state and model differ in the trained weights"):
         train(model, counting(), UNSEEN, CONFIG, tmp_path)
 
 

@@ -30,7 +30,10 @@ def write_stories(folder: Path) -> Path:
     return folder
 
 
-def test_stories_become_a_model_that_generates_and_chats(make_tiny, tmp_path):
+def test_stories_become_a_model_that_generates_and_chats(make_tiny, tmp_path, monkeypatch):
+    # Two steps of full size take three minutes where a processor emulates bf16.
+    monkeypatch.setattr(make_tiny, "BATCH", 2)
+    monkeypatch.setattr(make_tiny, "CONTEXT", 256)
     texts, out, run = write_stories(tmp_path), tmp_path / "out", tmp_path / "run"
     make_tiny.main(texts, out=out, run=run, steps=2, compiled=False)
     llm = llama32.load(out)
@@ -45,14 +48,14 @@ def test_stories_become_a_model_that_generates_and_chats(make_tiny, tmp_path):
 
 def test_half_of_the_stories_are_in_dialogs_and_no_story_is_lost(make_tiny, tmp_path):
     texts, out = write_stories(tmp_path), tmp_path / "out"
-    stories = make_tiny.read(texts, "*_train.txt")
+    stories = make_tiny.read_stories(texts, "*_train.txt")
     requests = make_tiny.Requests(stories)
     out.mkdir()
     make_tiny.write_tokenizer(out, stories, requests)
     documents = make_tiny.Documents(llama32.Tokenizer.load(out), requests)
     tokenizer = documents.tokenizer
     header = tokenizer.special["<|start_header_id|>"]
-    first, again, later = (documents.of(stories, epoch) for epoch in (0, 0, 1))
+    first, again, later = (documents.for_epoch(stories, epoch) for epoch in (0, 0, 1))
     assert first == again
     assert first != later
     plain = [ids for ids in first if header not in ids]
@@ -63,4 +66,4 @@ def test_half_of_the_stories_are_in_dialogs_and_no_story_is_lost(make_tiny, tmp_
 
 def test_a_folder_without_stories_is_refused(make_tiny, tmp_path):
     with pytest.raises(SystemExit, match="no stories in"):
-        make_tiny.read(tmp_path, "*_train.txt")
+        make_tiny.read_stories(tmp_path, "*_train.txt")
